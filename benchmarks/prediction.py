@@ -92,6 +92,7 @@ class Trial:
         seed: Decides the random widths.
         progress: Told about everything.
         repeats: Timed calls, as `deploy.repeats`.
+        deploy: Target runtime; ONNX Runtime on this machine by default.
     """
 
     name: str
@@ -100,6 +101,7 @@ class Trial:
     seed: int
     progress: Progress
     repeats: int
+    deploy: DeployConfig | None = None
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -137,7 +139,7 @@ class Trial:
         random = np.random.default_rng(self.seed)
         images = random.integers(0, 256, (8, self.size, self.size, 3), np.uint8)
         split = Split("calibration", ArraySource(images, np.zeros(8, np.int64)), np.arange(8), Preprocessing())
-        deploy = DeployConfig(repeats=self.repeats)
+        deploy = self.deploy or DeployConfig(repeats=self.repeats)
         tables = self.folder / "tables"
         return StageContext(self.folder, self.seed, RandomImages(split), self.progress, deploy, tables)  # type: ignore[arg-type]
 
@@ -185,7 +187,10 @@ class Trial:
             ratio = next(one.ratio for one in reversed(timed) if one.widths == selection.widths)
             rounds = [[one.predicted, one.ratio] for one in timed]
             took_s = time.perf_counter() - started
-            self.measured[key] = {"asked": asked, "search": ratio, "rounds": rounds, "search_s": took_s, "file": []}
+            self.measured[key] = {
+                "asked": asked, "search": ratio, "rounds": rounds, "search_s": took_s, "file": [],
+                "widths": dict(selection.widths),
+            }  # fmt: skip
             self._export(selection)
             self.keep()
         sittings = self.measured[key].get("file")

@@ -20,6 +20,7 @@
     │  └─ RunLocked                  another process holds the run folder
     ├─ RuntimeUnavailable   exit 5   the requested execution provider is not available
     │  ├─ PackageMissing             a package is not installed that only some pipelines need
+    │  ├─ DeviceFailed               the command that times files on a device fails or prints no milliseconds
     │  └─ NoSuchPlace                no machine has such a provider, or the runtime reads no ONNX files
     └─ InternalError        exit 70  our bug: an invariant is broken
 
@@ -167,6 +168,10 @@ class RuntimeUnavailable(CompressError):
 
 class PackageMissing(RuntimeUnavailable):
     """An optional package is not installed; the hint is the command that installs it."""
+
+
+class DeviceFailed(RuntimeUnavailable):
+    """The command that times files on a device fails, hangs, or prints no milliseconds of the file."""
 
 
 class NoSuchPlace(RuntimeUnavailable):

@@ -104,6 +104,7 @@ def _promises(run: FinishedRun, is_rounded: bool, largest_output: float) -> dict
         largest_output: Largest absolute expected output of a classifier.
     """
     gates, ships = run.verify["gates"], run.verify["runtime"] == RUNTIME
+    is_timed_here = run.report.details.latency.device is None
     limits: dict[str, Any] = {"tolerance": gates["parity"]}
     if not run.is_classifier:
         limits["relative"] = ROUNDED_WITHIN if is_rounded else RELATIVE
@@ -113,7 +114,7 @@ def _promises(run: FinishedRun, is_rounded: bool, largest_output: float) -> dict
         limits["min_agreement"] = MIN_AGREEMENT_ROUNDED if is_rounded else 1.0
     return {
         **limits,
-        "max_latency_ms": gates["max_latency_ms"] if ships else None,
+        "max_latency_ms": gates["max_latency_ms"] if ships and is_timed_here else None,
         "provider": run.verify["provider"] if ships else _PROVIDER,
     }
 
@@ -127,13 +128,12 @@ def _measured(run: FinishedRun) -> dict[str, Any]:
             raise ConfigError(
                 f"{name} of verify must be at most {MAX_COUNT:,} for a run to be handed over, got {conditions[name]:,}."
             )
-    return {
-        "latency_ms": run.report.latency().after,
-        **conditions,
-        "machine": environment.cpu,
-        "cores": environment.cores,
-        "platform": environment.platform,
-    }
+    machine = {"machine": environment.cpu, "cores": environment.cores, "platform": environment.platform}
+    latency = run.report.details.latency
+    if latency.device is not None:
+        conditions |= {"runtime": latency.runtime or "a runtime of its own", "provider": "timed by a command"}
+        machine = {"machine": f"device {latency.device}", "cores": None, "platform": None}
+    return {"latency_ms": run.report.latency().after, **conditions, **machine}
 
 
 def _describe_provenance(run: FinishedRun, provenance: Provenance) -> dict[str, Any]:

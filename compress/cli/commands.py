@@ -8,6 +8,7 @@ Whatever imports torch is imported inside the commands that need it, so that `--
 """
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -202,8 +203,19 @@ def plan(
     if remote is not None and remote.failure is not None:
         console.warn(f"Remote store '{remote.url}' is out of reach: {remote.failure}.")
     console.print_plan([(row.stage, row.status, ", ".join(row.reasons)) for row in planned])
+    _print_device(loaded, console)
     if estimate:
         _print_estimate(loaded, [row.status == "run" for row in planned], console)
+
+
+def _print_device(loaded: "Pipeline", console: Console) -> None:
+    """Print the command that a run executes on this machine to time files on a device."""
+    deploy = loaded.config.deploy
+    if deploy is None or deploy.command is None:
+        return
+    console.say(f"Device '{deploy.device}' is timed by this command, which a run executes on this machine:")
+    console.say(f"  {shlex.join(deploy.command)}")
+    console.say(f"  in {deploy.command_folder}")
 
 
 def _print_estimate(loaded: "Pipeline", runs: Sequence[bool], console: Console) -> None:

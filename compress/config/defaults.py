@@ -78,8 +78,14 @@ def _kind(stage: Section) -> str:
 
 
 def with_deployment(verify: VerifyConfig, deploy: DeployConfig | None) -> VerifyConfig:
-    """Return the settings of `verify` with those of the deployment in place of its defaults."""
-    return verify if deploy is None else _filled(verify, {key: getattr(deploy, key) for key in _DEPLOYMENT})
+    """Return the settings of `verify` with those of the deployment in place of its defaults.
+
+    A command times calls on another machine, so start, memory and throughput of this one are left out.
+    """
+    if deploy is None:
+        return verify
+    elsewhere: dict[str, Any] = {} if deploy.command is None else {"resources": None}
+    return _filled(verify, {**{key: getattr(deploy, key) for key in _DEPLOYMENT}, **elsewhere})
 
 
 def is_untrained(stages: Sequence[Section | None]) -> bool:

@@ -216,6 +216,9 @@ def _plain(path: KeyPath, error: ErrorDetails, document: Document) -> Problem:
     hint = None
     if kind in _TYPES:
         rule, hint = f"must be {_TYPES[kind]}", _type_hint(kind, value)
+        if path[-1] == "command" and isinstance(value, str):
+            words = [f'"{word}"' if "{" in word else word for word in value.split()]
+            hint = f"write [{', '.join(words)}]; no shell reads it."
     elif kind in _BOUNDS:
         word, key = _BOUNDS[kind]
         rule, hint = f"must be {word} {ctx[key]:g}", _bound_hint(path)

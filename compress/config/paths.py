@@ -15,6 +15,7 @@ from compress.config.problems import KeyPath, Origin, Problem
 from compress.config.schema.base import PathKind, Section
 from compress.config.schema.data import ArraysSource
 from compress.config.schema.pipeline import PipelineConfig
+from compress.config.schema.verify import DeployConfig
 
 PRETRAINED = "pretrained"  # in place of a path: the weights that the network's library offers
 UNTRAINED = "none"  # in place of a path: a seeded initialisation
@@ -47,6 +48,8 @@ class _Resolver:
             resolved = self._resolve(value, place) if kind is None else self._resolve_text(value, kind, place)
             if resolved is not value:
                 changed[name] = resolved
+        if isinstance(section, DeployConfig) and section.command is not None and section.command_folder is None:
+            changed["command_folder"] = os.path.abspath(self.folder)
         return section.model_copy(update=changed) if changed else section
 
     def _resolve(self, value: Any, path: KeyPath) -> Any:

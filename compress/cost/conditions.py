@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +19,7 @@ from compress.storage.digest import digest_value
 _CPU_INFO = Path("/proc/cpuinfo")
 _VECTOR_SETS = ("avx", "avx2", "fma", "avx512f", "avx512_vnni", "amx_tile", "asimd", "sve")
 _VNNI = ("avx512_vnni", "avx_vnni")
+COMMAND = "command"  # in place of a runtime: a command that times complete files
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,11 +27,11 @@ class TableConditions:
     """Conditions of a latency table besides the network.
 
     Attributes:
-        machine: Model of the processor or accelerator.
-        cores: Cores of the machine that the process may use.
+        machine: Model of the processor or accelerator; for a command the name of the device.
+        cores: Cores of the machine that the process may use; 0 for a command.
         instructions: Vector instruction sets, comma-separated.
-        runtime: Name and version of the runtime.
-        provider: Execution provider.
+        runtime: Name and version of the runtime; "command" for a command.
+        provider: Execution provider; for a command its arguments.
         threads: Threads inside one operator.
         batch_size: Images in one call.
         precision: Precision of weights and activations, such as "fp32"; for INT8 with the settings that its speed
@@ -76,13 +78,16 @@ def present_conditions(
 
 
 def deploy_conditions(deploy: DeployConfig, int8: QuantizeConfig | None = None) -> TableConditions:
-    """Return the conditions of this machine with the settings of a `deploy` section.
+    """Return the conditions of this machine, or of the device of a command, with the settings of a `deploy` section.
 
     Args:
         deploy: The section.
         int8: Settings of the quantisation if `deploy.precision` is "int8".
     """
     precision = deploy.precision if int8 is None else describe_int8(int8)
+    if deploy.command is not None:
+        device, command = deploy.device or "", shlex.join(deploy.command)
+        return TableConditions(device, 0, "", COMMAND, command, deploy.threads, deploy.batch_size, precision)
     return present_conditions(deploy.runtime, deploy.provider, deploy.threads, deploy.batch_size, precision)
 
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from scipy.optimize import least_squares
@@ -248,8 +248,25 @@ def _least_ms(table: LatencyTable, kind: str) -> float:
     return min(least, *(entry.milliseconds for entry in known.values()))
 
 
+class SiteTimes(Protocol):
+    """Times of sites at any sizes, and of what comes besides them."""
+
+    def sites_ms(self, kind: str, out: np.ndarray, inp: np.ndarray) -> np.ndarray:
+        """Return the times of sites at arrays of sizes, in the shape to which the arrays broadcast."""
+        ...
+
+    def fixed_ms(self, sites: int) -> float:
+        """Return the time outside of the sites, for a network with this number of sites."""
+        ...
+
+    @property
+    def share_ms(self) -> float:
+        """The part of it that comes with each site."""
+        ...
+
+
 def latency_cost(
-    table: LatencyTable,
+    table: SiteTimes,
     sites: Sequence[Site],
     axes: Mapping[str, tuple[Axis, Axis]],
     levels: Mapping[str, Sequence[int]],
@@ -302,7 +319,7 @@ def _sizes_at(axis: SizeAxis, options: Mapping[str, np.ndarray]) -> np.ndarray:
     )
 
 
-def _size_factor(table: LatencyTable, kind: str, out: SizeAxis, inp: SizeAxis, switch: str | None) -> SizeFactor:
+def _size_factor(table: SiteTimes, kind: str, out: SizeAxis, inp: SizeAxis, switch: str | None) -> SizeFactor:
     """Return the cost of a site with sizes that depend on more than two groups."""
     share = 0.0 if switch is None else table.share_ms
     if out is inp:

@@ -25,7 +25,7 @@ from compress.storage.files import write_atomic
 
 KIND = "compress latency table"
 SCHEMA = 2
-_KEYS = {"kind", "schema", "conditions", "network", "reference_ms", "samples"}
+_KEYS = {"kind", "schema", "conditions", "network", "reference_ms", "samples", "runtime"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +37,14 @@ class TableFile:
         network: Digest of the network's sites (`network_digest`).
         reference_ms: Latency of the baseline.
         samples: Timed variants.
+        runtime: Runtime that the command of a device states; "" elsewhere.
     """
 
     conditions: TableConditions
     network: str
     reference_ms: float
     samples: tuple[Sample, ...]
+    runtime: str = ""
 
     def write(self, path: Path) -> None:
         """Write the file atomically."""
@@ -53,6 +55,7 @@ class TableFile:
             "network": self.network,
             "reference_ms": self.reference_ms,
             "samples": [_plain(sample) for sample in self.samples],
+            **({"runtime": self.runtime} if self.runtime else {}),
         }
         write_atomic(path, json.dumps(add_digest(content), indent=1), is_shared=True)
 
@@ -89,7 +92,8 @@ class TableFile:
                 raise ValueError(f"kind {content['kind']!r}, schema {content['schema']!r}")
             samples = tuple(_sample(values) for values in content["samples"])
             conditions = TableConditions(**content["conditions"])
-            return cls(conditions, str(content["network"]), _time(content["reference_ms"]), samples)
+            runtime = str(content.get("runtime", ""))
+            return cls(conditions, str(content["network"]), _time(content["reference_ms"]), samples, runtime)
         except (RecordDamaged, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ArtifactError(
                 f"'{path}' must be a latency table of schema {SCHEMA}, it is not: {type(error).__name__}: {error}",

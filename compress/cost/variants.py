@@ -10,6 +10,7 @@ Every node and value of a variant is named after its site ("site3.1"). So nodes 
 still be assigned to a site.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -35,12 +36,14 @@ class Site:
             take the same time.
         sizes: Full (outputs, inputs).
         is_depthwise: Whether the operator is a depthwise convolution, whose inputs and outputs are the same channels.
+        work: MACs, elements of the input and of the output for one image at full sizes; zeros where not known.
     """
 
     layer: str
     kind: str
     sizes: tuple[int, int]
     is_depthwise: bool
+    work: tuple[int, int, int] = (0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +108,8 @@ class VariantWriter:
             for name, cut in cuts:
                 self._cuts.setdefault(name, []).append(cut)
             kind = _kind(node, depthwise, row.input_shape, tails.get(number, ()))
-            yield Site(row.name, kind, (out, inp), depthwise)
+            work = row.macs, math.prod(row.input_shape or ()), math.prod(row.output_shape or ())
+            yield Site(row.name, kind, (out, inp), depthwise, work)
 
     def _tails(self) -> dict[int, tuple[str, ...]]:
         tails: dict[int, list[str]] = {}

@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from compress.catalog import NOTHING, STAGES, TORCH_MODEL, StageEntry
+from compress.catalog import NOTHING, STAGES, TORCH_MODEL, VERDICT, StageEntry
 from compress.config.load import Pipeline
 from compress.config.paths import PRETRAINED, UNTRAINED
 from compress.config.schema.pipeline import QuantizeConfig
@@ -87,6 +87,8 @@ def build_steps(pipeline: Pipeline) -> list[Step]:
                 fixed["task"] = task
         if config.deploy is not None and needs_latency(stage):
             fixed["deploy"] = _deploy_component(config.deploy, config.int8)
+        if config.deploy is not None and config.deploy.command is not None and entry.produces == VERDICT:
+            fixed["deploy"] = asdict(deploy_conditions(config.deploy, config.int8))
         files = {
             key: _file_digest(Path(values[key]), what) for key, what in _FILES.items() if values.get(key) is not None
         }
@@ -173,6 +175,7 @@ def _deploy_component(deploy: DeployConfig, int8: QuantizeConfig | None) -> dict
         "table": table,
         "accept_foreign_table": deploy.accept_foreign_table,
         "repeats": deploy.repeats,
+        **({} if deploy.command is None else {"variants": deploy.variants}),
     }
 
 

@@ -56,23 +56,28 @@ def require_importances(pipeline: Pipeline) -> None:
 
 
 def require_runtimes(pipeline: Pipeline) -> None:
-    """Refuse runtimes and providers that are not available.
+    """Refuse runtimes and providers that are not available, and a program of the device that is not there.
 
     Raises:
-        RuntimeUnavailable: A required runtime or provider is missing.
+        RuntimeUnavailable: A required runtime, provider or program is missing.
     """
+    from compress.verification.device_command import device_of
     from compress.verification.measurement import Conditions, require_conditions  # imports ONNX Runtime
 
-    config = pipeline.config
+    config, device = pipeline.config, device_of(pipeline.config.deploy)
     verify: Any = config.stages[-1]
     sections: list[tuple[str, Any]] = [("verify", verify)]
-    if config.deploy is not None and not config.deploy.accept_foreign_table:
+    if device is not None:
+        device.require_program()
+    elif config.deploy is not None and not config.deploy.accept_foreign_table:
         sections.append(("deploy", config.deploy))
     wanted = {
-        name: (Conditions(one.runtime, one.provider, one.threads, one.batch_size), True) for name, one in sections
+        name: (Conditions(one.runtime, one.provider, one.threads, one.batch_size, device=device), True)
+        for name, one in sections
     }
     for number, one in enumerate(verify.also):
-        conditions = Conditions(one.runtime, one.provider, one.threads or verify.threads, verify.batch_size)
+        threads = one.threads or (verify.threads if device is None else 1)
+        conditions = Conditions(one.runtime, one.provider, threads, verify.batch_size)
         wanted[f"verify.also[{number}]"] = conditions, one.required
     for name, (conditions, is_required) in wanted.items():
         try:

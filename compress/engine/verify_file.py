@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress.config.load import Pipeline
-from compress.config.schema.verify import GatesFile, VerifyConfig
+from compress.config.schema.verify import DeployConfig, GatesFile, VerifyConfig
 from compress.data.from_config import Splits, open_split
 from compress.data.preprocessing import Preprocessing
 from compress.data.splits import Split
@@ -26,11 +26,13 @@ class _Terms:
         evaluation: Images and labels.
         config: Conditions, robustness and gates.
         seed: Seed of noise and corruptions.
+        deploy: Deployment of the pipeline, whose command times the file; None without one.
     """
 
     evaluation: Split
     config: VerifyConfig
     seed: int
+    deploy: DeployConfig | None = None
 
 
 def verify_file(path: Path, settings: Pipeline | GatesFile, against: Path | None, progress: Progress) -> Verdict:
@@ -56,7 +58,7 @@ def verify_file(path: Path, settings: Pipeline | GatesFile, against: Path | None
     job = VerificationJob(
         path,
         evaluation=terms.evaluation,
-        conditions=conditions_of(config),
+        conditions=conditions_of(config, terms.deploy),
         gates=gates_of(config),
         scope=scope_of(config, terms.evaluation, terms.seed),
         baseline_onnx=against,
@@ -69,7 +71,7 @@ def _terms_of_pipeline(pipeline: Pipeline) -> _Terms:
     if not isinstance(config, VerifyConfig):
         raise InternalError("A pipeline passed validation without ending in verify.")
     data = Splits(pipeline.config.data, open_task(pipeline.config.task))
-    return _Terms(data.evaluation, config, pipeline.config.seed)
+    return _Terms(data.evaluation, config, pipeline.config.seed, pipeline.config.deploy)
 
 
 def _terms_of_gates(gates: GatesFile, path: Path) -> _Terms:

@@ -334,6 +334,11 @@ class WidthLatencyRecord(LatencyRecord):
     variants: tuple[Variant, ...]
     stairs: tuple[Stairs, ...]
     layers: tuple[LayerLatency, ...]
+    device: str | None = field(default=None, metadata=OPTIONAL)  # that a command timed complete variants on
+    device_runtime: str | None = field(default=None, metadata=OPTIONAL)  # as the command prints it
+    entry_error: float | None = field(
+        default=None, metadata=OPTIONAL
+    )  # median standard error of the time of a layer, of the network's
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,8 @@ def list_latency_caveats(reports: Sequence[Report], letters: Sequence[str]) -> l
     measured = [number for number, report in enumerate(reports) if report.details.latency.model_fields_set]
     reports, letters = [reports[number] for number in measured], [letters[number] for number in measured]
     found = []
-    machines = _describe_differences(reports, letters, _machine)
+    are_here = all(report.details.latency.device is None for report in reports)
+    machines = _describe_differences(reports, letters, _machine) if are_here else ""
     if machines:
         found.append(
             f"The runs were measured on different machines ({machines}): their latencies are not comparable. A "
@@ -128,6 +129,9 @@ def _conditions(report: Report) -> str:
     release = next((version for name in _RUNTIMES if (version := versions.get(name))), "")
     runtime, provider = (value or MISSING for value in (latency.runtime, latency.provider))
     threads, batch = (MISSING if value is None else value for value in (latency.threads, latency.batch_size))
+    if latency.device:
+        stated = f" ({latency.runtime})" if latency.runtime else ""
+        return f"device {latency.device}{stated}, threads {threads}, batch size {batch}"
     return f"{f'{runtime} {release}'.rstrip()}, {provider}, threads {threads}, batch size {batch}"
 
 

@@ -118,6 +118,8 @@ class Latency(Mirror):
     slim_ms: tuple[Size | None, ...] = ()
     runtime: str | None = None
     provider: str | None = None
+    device: str | None = None  # that a command timed the files on; runtime and provider are then the device's
+    command: str | None = None
     threads: Count | None = None
     batch_size: Count | None = None
     warmup: Count | None = None

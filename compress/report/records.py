@@ -237,6 +237,9 @@ class LatencyBudget(Mirror):
     variants: tuple[Variant, ...] = ()
     stairs: tuple[Stairs, ...] = ()
     layers: tuple[LayerLatency, ...] = ()
+    device: str | None = None  # that a command timed complete variants on
+    device_runtime: str | None = None  # as the command prints it
+    entry_error: float | None = None  # median standard error of the time of a layer, of the network's
 
 
 class BlockTrial(Mirror):

@@ -125,7 +125,8 @@ def make_point(report: Report, cost: float, is_baseline: bool, label: str) -> Po
 def describe_conditions(latency: Latency) -> str:
     """Return the conditions that latency was measured under, as a list; "" if none is known."""
     threads, batch = latency.threads, latency.batch_size
-    names = [name for name in (latency.runtime, latency.provider) if name]
+    device = f"device {latency.device}" if latency.device else None
+    names = [name for name in (device, latency.runtime, latency.provider) if name]
     names += [f"{threads} thread{'' if threads == 1 else 's'}"] if threads is not None else []
     names += [f"batch size {batch}"] if batch is not None else []
     return ", ".join(names)
@@ -134,6 +135,8 @@ def describe_conditions(latency: Latency) -> str:
 def list_latency(latency: Latency) -> list[Fact]:
     """Return the conditions of the latency measurement, and the speed-up."""
     facts: list[Fact] = [
+        ("device", latency.device),
+        ("command on this machine", latency.command),
         ("runtime", latency.runtime),
         ("provider", latency.provider),
         ("threads", latency.threads),

@@ -52,6 +52,9 @@ def list_latency_budget(latency: LatencyBudget | None) -> Iterator[Fact]:
         return
     timed = "not measured" if latency.measured_ratio is None else format_share(latency.measured_ratio)
     beside = [one.baseline_ms for one in latency.rounds if one.baseline_ms is not None]
+    if latency.device:
+        stated = f" ({latency.device_runtime})" if latency.device_runtime else ""
+        yield "device, timed by a command", f"{latency.device}{stated}"
     yield "baseline latency in the latency table", format_ms(latency.reference_ms)
     yield "share of it, by the table", format_share(latency.predicted_ratio)
     yield "share of it, measured in turn", timed
@@ -59,6 +62,8 @@ def list_latency_budget(latency: LatencyBudget | None) -> Iterator[Fact]:
         yield "baseline latency when choices were measured", format_ms(statistics.median(beside))
     yield "networks measured until the budget was met", len(latency.rounds)
     yield "median error of the table on its variants", format_share(latency.table_error)
+    if latency.entry_error is not None:
+        yield "standard error of the time of a layer, median share of the network's", format_share(latency.entry_error)
     yield "scatter of single calls", format_share(latency.scatter)
 
 

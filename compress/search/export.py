@@ -17,6 +17,7 @@ from compress.model.stage_records import Rewrite
 from compress.onnx_file.io import load_onnx, save_onnx
 from compress.search.context import StageContext
 from compress.search.deployed_files import timed_files
+from compress.verification.device_command import device_of
 from compress.verification.measurement import Conditions, measure_ratio
 
 OPSET = 18
@@ -78,7 +79,14 @@ def conditions_of(deploy: DeployConfig | None) -> Conditions:
     """Return the conditions of the target runtime; default conditions if the pipeline names no runtime."""
     if deploy is None:
         return Conditions()
-    return Conditions(deploy.runtime, deploy.provider, deploy.threads, deploy.batch_size, repeats=deploy.repeats)
+    return Conditions(
+        deploy.runtime,
+        deploy.provider,
+        deploy.threads,
+        deploy.batch_size,
+        repeats=deploy.repeats,
+        device=device_of(deploy),
+    )
 
 
 def try_rewrites(path: Path, signature: Signature, policy: str, ctx: StageContext) -> list[Rewrite]:

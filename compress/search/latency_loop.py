@@ -10,8 +10,9 @@ its speed; the choice and the baseline are then timed again.
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
+from compress.cost.fitted_table import FittedTable
 from compress.errors import BudgetUnreachable
 from compress.model.stage_records import LayerLatency, Round, Stairs, Step, Variant, WidthLatencyRecord
 from compress.progress import Progress
@@ -146,7 +147,19 @@ def latency_record(model: LatencyModel, widths: Widths, timed: list[TimedChoice]
             LayerLatency(layer=layer, ms_before=before, ms_after=after)
             for layer, (before, after) in model.layers(widths).items()
         ),
+        **_device_values(model),
     )
+
+
+def _device_values(model: LatencyModel) -> dict[str, Any]:
+    """Return the entries on a device that times complete variants; {} for a table of single layers."""
+    if not isinstance(model.table, FittedTable):
+        return {}
+    return {
+        "device": model.file.conditions.machine,
+        "device_runtime": model.file.runtime or None,
+        "entry_error": model.table.entry_error,
+    }
 
 
 def rounds_record(timed: Sequence[TimedChoice]) -> tuple[Round, ...]:
@@ -202,9 +215,10 @@ def _warn_of_speed(timed: Sequence[TimedChoice], model: Timed, progress: Progres
     here = [choice.reference_ms for choice in timed if choice.reference_ms is not None]
     now_ms = statistics.median(here) if here else model.reference_ms
     if _has_moved(now_ms, model.reference_ms):
+        where = "the device" if isinstance(getattr(model, "table", None), FittedTable) else "this machine"
         progress.warn(
             f"The baseline takes {now_ms:.3g} ms, it took {model.reference_ms:.3g} ms when the latency table was made: "
-            "this machine has changed its speed. Shares of the baseline's latency are measured side by side and hold; "
+            f"{where} has changed its speed. Shares of the baseline's latency are measured side by side and hold; "
             "milliseconds are those of the table. Run again on a quiet machine for a target in milliseconds."
         )
 

@@ -3,6 +3,8 @@
     plan variants -> time those that no table holds yet -> build the table -> budget
                                        a choice of widths -> timed as a complete network, next to the baseline
 
+For a device that a command times files on, the table is fitted to complete variants (`search/device_latency.py`).
+
 Tables are stored in a folder that all runs share, one file for each network and set of conditions. Variants that were
 timed before a kill are not timed again.
 """
@@ -19,6 +21,7 @@ import onnx
 from compress.allocation.problem import Budget, TableCost
 from compress.config.schema.verify import DeployConfig
 from compress.cost.conditions import TableConditions
+from compress.cost.fitted_table import FittedTable, fit_table
 from compress.cost.latency_table import WHOLE_QUANTILE, LatencyTable, Sample, build_table, latency_cost
 from compress.cost.table_file import SCHEMA, TableFile, network_digest
 from compress.cost.variants import Site, VariantWriter
@@ -29,8 +32,9 @@ from compress.onnx_file.io import load_onnx, save_onnx
 from compress.pruning.width_costs import LayerAxes
 from compress.search.context import StageContext
 from compress.search.deployed_files import Copy, conditions_here, timed_file, variant_copies
+from compress.search.device_latency import DeviceTiming, describe_fit
 from compress.search.export import conditions_of, exported
-from compress.verification.measurement import Conditions, PairLatency, latency_inputs, measure_pair
+from compress.verification.measurement import Conditions, PairLatency, latency_inputs, measure_pair, time_on_device
 from compress.verification.profiling import profile_models
 from compress.verification.runtimes.base import Runtime
 
@@ -60,7 +64,7 @@ class LatencyModel:
     writer: VariantWriter
     axes: LayerAxes
     levels: Mapping[str, Sequence[int]]
-    table: LatencyTable
+    table: LatencyTable | FittedTable
     file: TableFile
     reference_ms: float
     is_measured_here: bool
@@ -141,6 +145,7 @@ def model_latency(
         ArtifactError: The table of `deploy` is of another machine, runtime or network.
         BudgetUnreachable: The table of `deploy` does not cover the network without blocks.
         ConfigValueError: The runtime cannot time single nodes.
+        DeviceFailed: The command of the device fails.
         ModelError: The network's ONNX file cannot be narrowed like its layers.
         RuntimeUnavailable: The provider is not available.
     """
@@ -148,7 +153,7 @@ def model_latency(
     source = load_onnx(path, weights=True)
     writer = VariantWriter(source)
     most = max((len({*out.slots, *inp.slots}) for out, inp in axes.axes.values()), default=0)
-    planned = plan_variants(levels, has_pairs=most > 1, has_sums=most > 2)
+    planned = plan_variants(levels, has_pairs=most > 1, has_sums=most > 2 or deploy.command is not None)
     _check_variant(writer, axes, planned[1], count_macs)
     reference, copy = timed_file(model.baseline.onnx_path, ctx), variant_copies(source, writer, ctx)
     timing = _Timing(reference, writer, copy, axes, conditions_of(deploy), ctx)
@@ -162,20 +167,36 @@ def model_latency(
         table = known
         _check_covers(table, planned, axes)
     else:
-        table = timing.complete(known, planned, here, table_path(ctx, here, writer.sites, deploy.repeats))
-    built = build_table(writer.sites, table.samples)
-    ctx.progress.note(
-        f"latency table: {len(table.samples)} variants timed, {sum(map(len, built.entries.values()))} entries, "
-        f"predicts them within {built.error:.1%} (median); single calls scatter by {built.spread:.1%}"
-    )
+        path = table_path(ctx, here, writer.sites, deploy.repeats)
+        if timing.conditions.device is None:
+            table = timing.complete(known, planned, here, path)
+        else:
+            table = timing.on_device(levels).complete(known, planned, here, path, deploy.variants)
+    built, variants = _built(table, writer.sites, ctx, is_fitted=timing.conditions.device is not None)
     if built.spread > _NOISY:
         ctx.progress.warn(
-            f"This machine is too noisy for a budget in milliseconds to be met closely: single calls scatter by "
+            f"{timing.place} is too noisy for a budget in milliseconds to be met closely: single calls scatter by "
             f"{built.spread:.0%} of their median. Stop other work on it, or raise deploy.repeats "
             f"({deploy.repeats} now)."
         )
-    variants = tuple((built.network_ms(writer.sites, one.sizes), one.total_ms) for one in table.samples)
     return LatencyModel(writer, axes, levels, built, table, table.reference_ms, not is_foreign, variants, timing.pair)
+
+
+def _built(
+    file: TableFile, sites: Sequence[Site], ctx: StageContext, is_fitted: bool
+) -> tuple[LatencyTable | FittedTable, tuple[tuple[float, float], ...]]:
+    """Return the table of timed variants, and the predicted and measured milliseconds of each of them."""
+    totals = [sample.total_ms for sample in file.samples]
+    if is_fitted:
+        fitted = fit_table(sites, file.samples)
+        ctx.progress.note(describe_fit(fitted))
+        return fitted, tuple(zip(fitted.predicted_ms, totals, strict=True))
+    built = build_table(sites, file.samples)
+    ctx.progress.note(
+        f"latency table: {len(file.samples)} variants timed, {sum(map(len, built.entries.values()))} entries, "
+        f"predicts them within {built.error:.1%} (median); single calls scatter by {built.spread:.1%}"
+    )
+    return built, tuple((built.network_ms(sites, one.sizes), one.total_ms) for one in file.samples)
 
 
 def plan_variants(levels: Mapping[str, Sequence[int]], has_pairs: bool, has_sums: bool = False) -> list[dict[str, int]]:
@@ -257,6 +278,26 @@ class _Timing:
         if table is None:
             raise InternalError("A latency table was completed without a variant.")
         return table
+
+    def on_device(self, levels: Mapping[str, Sequence[int]]) -> DeviceTiming:
+        """Return the timing of complete variants by the command of the device."""
+        conditions, progress = self.conditions, self.ctx.progress
+        return DeviceTiming(
+            self.writer.sites,
+            self.axes,
+            levels,
+            self.reference,
+            self._variants,
+            lambda path: time_on_device(path, conditions, progress),
+            self.ctx.folder,
+            progress,
+        )
+
+    @property
+    def place(self) -> str:
+        """The machine or device that is timed, at the beginning of a sentence."""
+        device = self.conditions.device
+        return "This machine" if device is None else f"Device '{device.device}'"
 
     def pair(self, widths: Widths) -> PairLatency:
         """Time the network at the given widths and the baseline, in turn."""

@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from compress.config.schema.verify import VerifyConfig
+from compress.config.schema.verify import DeployConfig, VerifyConfig
 from compress.data.from_config import open_shifted
 from compress.data.splits import Split
 from compress.model.artifacts import OnnxModel, Verdict
 from compress.model.stage_records import VerifyRecord
 from compress.search.context import StageContext
+from compress.verification.device_command import device_of
 from compress.verification.gates import Gates
 from compress.verification.job import VerificationJob
 from compress.verification.measurement import Conditions
@@ -36,7 +37,7 @@ class VerifyStage:
         job = VerificationJob(
             artifact.path,
             evaluation=ctx.data.evaluation,
-            conditions=conditions_of(config),
+            conditions=conditions_of(config, ctx.deploy),
             gates=gates_of(config),
             scope=scope_of(config, ctx.data.evaluation, ctx.seed),
             signature=artifact.signature,
@@ -50,8 +51,8 @@ class VerifyStage:
         return verify_onnx(job, ctx.progress), VerifyRecord()
 
 
-def conditions_of(config: VerifyConfig) -> Conditions:
-    """Return runtime, provider, threads and batch size, from the `verify` section."""
+def conditions_of(config: VerifyConfig, deploy: DeployConfig | None = None) -> Conditions:
+    """Return runtime, provider, threads and batch size from the `verify` section, and the device of the deployment."""
     return Conditions(
         runtime=config.runtime,
         provider=config.provider,
@@ -59,6 +60,7 @@ def conditions_of(config: VerifyConfig) -> Conditions:
         batch_size=config.batch_size,
         warmup=config.warmup,
         repeats=config.repeats,
+        device=device_of(deploy),
     )
 
 

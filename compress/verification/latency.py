@@ -32,9 +32,9 @@ from compress.verification.runtimes.base import Runtime
 FEWEST_CALLS = {"p50": 1, "p90": 10, "p95": 20, "p99": 100}  # fewer calls do not determine the quantile
 AGAIN = " (opened again)"  # ends the label of the model that is compared with itself
 _CALLS_MS, _CALLS = 40.0, (0.2, 5.0)  # the latter: fewest and most calls for each requested repeat
-_MORE_TIMES = 3
-_PRECISE = 0.01
-_SPREAD, _PAUSE_S = 6, 3.0
+MORE_TIMES = 3
+PRECISE = 0.01
+SPREAD, _PAUSE_S = 6, 3.0
 _BETWEEN_SITTINGS = 0.05  # largest difference seen between one sitting and the next
 
 Models = Mapping[str, Callable[[], Runtime]]
@@ -142,10 +142,12 @@ class Comparison:
     Attributes:
         samples: Label -> timed calls.
         ratio: First model / second model; None for one model alone.
+        runtime: Runtime that a device states; "" elsewhere.
     """
 
     samples: dict[str, LatencySample]
     ratio: LatencyRatio | None
+    runtime: str = ""
 
 
 def measure_latency(
@@ -171,7 +173,7 @@ def measure_latency(
         DataError: There is no model, or no call to make.
         ModelError: Inputs do not fit, or a network fails on them.
     """
-    _require_calls(len(sessions), repeats)
+    require_calls(len(sessions), repeats)
     calls = {label: session.bind(inputs[label]) for label, session in sessions.items()}
     sizes = plan_blocks(repeats)
     with (progress or SilentProgress()).task("latency", warmup + len(sizes)) as task:
@@ -181,7 +183,7 @@ def measure_latency(
             task.advance()
         orders = alternate(list(calls), seed=0)
         blocks = time_in_blocks(calls, sizes, orders, time.perf_counter, task.advance)
-    return {label: _sample([of_model]) for label, of_model in blocks.items()}
+    return {label: sample_of([of_model]) for label, of_model in blocks.items()}
 
 
 def compare_latency(
@@ -215,24 +217,24 @@ def compare_latency(
         ModelError: Inputs do not fit, or a network fails on them.
         ArtifactError, RuntimeUnavailable: A model cannot be opened.
     """
-    _require_calls(len(models), calls.repeats)
+    require_calls(len(models), calls.repeats)
     labels = tuple(models)[:2]
     if has_control and len(labels) == 2:
         models = {**models, labels[1] + AGAIN: models[labels[1]]}
     run = _Sittings(models, feed, calls, stopwatch or Stopwatch())
     with (progress or SilentProgress()).task("latency", SITTINGS) as task:
         run.make(0.0, task.advance)
-    while len(labels) == 2 and run.may_go_on and _ratio(run.found, labels).error > _PRECISE:
+    while len(labels) == 2 and run.may_go_on and ratio_of(run.found, labels).error > PRECISE:
         with (progress or SilentProgress()).task("latency, for longer", SITTINGS) as task:
             run.make(0.0, task.advance)
     if len(labels) < 2:
         return Comparison(run.samples(), None)
-    ratio = _ratio(run.found, labels)
+    ratio = ratio_of(run.found, labels)
     if run.wanted == SITTINGS and is_close(ratio):
         at_once = len(run.found)
-        with (progress or SilentProgress()).task("latency, with pauses", _SPREAD) as task:
+        with (progress or SilentProgress()).task("latency, with pauses", SPREAD) as task:
             run.make(_PAUSE_S, task.advance)
-        ratio = _ratio(run.found, labels, at_once)
+        ratio = ratio_of(run.found, labels, at_once)
     return Comparison(run.samples(), ratio)
 
 
@@ -310,7 +312,7 @@ class _Sittings:
     @property
     def may_go_on(self) -> bool:
         """True where more sittings may be made, for a more precise ratio."""
-        return self.wanted == SITTINGS and len(self.found) < _MORE_TIMES * SITTINGS
+        return self.wanted == SITTINGS and len(self.found) < MORE_TIMES * SITTINGS
 
     def make(self, pause_s: float, on_sitting: Callable[[], None]) -> None:
         """Make `wanted` sittings, each after a pause."""
@@ -363,18 +365,21 @@ class _Sittings:
     def samples(self) -> dict[str, LatencySample]:
         """Return label -> all timed calls; the control is left out."""
         return {
-            label: _sample([sitting[label] for sitting in self.found])
+            label: sample_of([sitting[label] for sitting in self.found])
             for label in self.models
             if not label.endswith(AGAIN)
         }
 
 
-def _sample(sittings: Sequence[list[list[float]]]) -> LatencySample:
+def sample_of(sittings: Sequence[list[list[float]]]) -> LatencySample:
+    """Return the calls of one model: for each sitting, the milliseconds of its blocks."""
     every = tuple(call for blocks in sittings for block in blocks for call in block)
     return LatencySample(every, tuple(median_of_blocks(blocks) for blocks in sittings))
 
 
-def _ratio(found: Sequence[Mapping[str, list[list[float]]]], labels: tuple[str, ...], at_once: int = 1) -> LatencyRatio:
+def ratio_of(
+    found: Sequence[Mapping[str, list[list[float]]]], labels: tuple[str, ...], at_once: int = 1
+) -> LatencyRatio:
     """Return the ratio of two models over the sittings, of which the first `at_once` count as one observation."""
     first, second = labels
     control = None
@@ -442,6 +447,7 @@ def _rank_interval(values: Sequence[float]) -> tuple[float, float]:
     return ordered[max(0, below - 1)], ordered[min(count - 1, count - below)]
 
 
-def _require_calls(models: int, repeats: int) -> None:
+def require_calls(models: int, repeats: int) -> None:
+    """Raise DataError where there is no model, or no call to make."""
     if not models or repeats < 1:
         raise DataError(f"Latency must be measured on at least one model and call, got {models} and {repeats}.")

@@ -6,7 +6,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,12 +15,15 @@ import numpy as np
 import onnx
 
 from compress.catalog import RUNTIMES
+from compress.config.schema.device_command import CALLS
 from compress.data.splits import Split
 from compress.errors import ConfigValueError, InternalError, RuntimeUnavailable
 from compress.model.artifacts import ModelMetrics, TensorSpec
 from compress.onnx_file.counting import count_onnx
 from compress.onnx_file.io import is_present, model_files
 from compress.progress import Progress, SilentProgress
+from compress.verification.device_command import DeviceCommand, DeviceTimes
+from compress.verification.device_latency import compare_on_device
 from compress.verification.latency import Calls, Comparison, LatencyRatio, compare_latency
 from compress.verification.quality import check_not_empty, image_input, predict
 from compress.verification.runtimes.base import Runtime
@@ -46,6 +49,8 @@ class Conditions:
         batch_size: Images in one call of the latency measurement.
         warmup: Untimed calls before the latency measurement.
         repeats: Timed calls of each model; the calls for a ratio are proportional to it.
+        device: Command that times files on a device. Runtime and provider are then those of all other measurements,
+            which are made on this machine.
     """
 
     runtime: str = "onnxruntime"
@@ -54,11 +59,17 @@ class Conditions:
     batch_size: int = 1
     warmup: int = 10
     repeats: int = 100
+    device: DeviceCommand | None = None
+
+    @property
+    def here(self) -> Conditions:
+        """The conditions of measurements on this machine, also where latency is measured on a device."""
+        return self if self.device is None else replace(self, threads=1, device=None)
 
     @property
     def timed_images(self) -> int:
-        """Number of images in all calls of a latency measurement, untimed ones included."""
-        return (self.warmup + self.repeats) * self.batch_size
+        """Number of images in all calls of a latency measurement on this machine, untimed ones included."""
+        return 0 if self.device is not None else (self.warmup + self.repeats) * self.batch_size
 
     @property
     def calls(self) -> Calls:
@@ -67,6 +78,8 @@ class Conditions:
 
     def __str__(self) -> str:
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
+        if self.device is not None:
+            return f"device {self.device.device}, {threads}, batch {self.batch_size}"
         return f"{self.runtime} {self.provider}, {threads}, batch {self.batch_size}"
 
     def open(self, path: Path, *, all_cores: bool = False) -> Runtime:
@@ -77,11 +90,11 @@ class Conditions:
             ConfigValueError: There are more threads than cores, which makes a measurement meaningless.
             RuntimeUnavailable: The runtime cannot read ONNX files, or a package it needs is not installed.
         """
-        if self.threads > available_cores():
+        if self.device is None and self.threads > available_cores():
             raise ConfigValueError(
                 f"threads must be at most the cores of this machine ({available_cores()}), got {self.threads}."
             )
-        threads = available_cores() if all_cores else self.threads
+        threads = available_cores() if all_cores else self.here.threads
         try:
             kind = RUNTIMES.get(self.runtime)
         except ImportError as error:
@@ -168,8 +181,17 @@ def time_files(
         is_close: Function that returns True for a ratio so close to its limit that it must be measured for longer.
 
     Raises:
-        As `compare_latency`.
+        As `compare_latency` and `compare_on_device`.
     """
+    if conditions.device is not None:
+        listener = progress or SilentProgress()
+        return compare_on_device(
+            files,
+            lambda path: time_on_device(path, conditions, listener),
+            listener,
+            has_control=has_control,
+            is_close=is_close,
+        )
     return compare_latency(
         {label: partial(conditions.open, path) for label, path in files.items()},
         lambda session: latency_inputs(session, split, conditions.batch_size),
@@ -178,6 +200,19 @@ def time_files(
         has_control=has_control,
         is_close=is_close,
     )
+
+
+def time_on_device(path: Path, conditions: Conditions, progress: Progress) -> DeviceTimes:
+    """Time one file by the command of the device.
+
+    Raises:
+        InternalError: The conditions have no device.
+        DeviceFailed: The command fails.
+    """
+    if conditions.device is None:
+        raise InternalError("A file was to be timed on a device, but the conditions name no device.")
+    values = {name: getattr(conditions, name) for name in CALLS}
+    return conditions.device.time_file(path, values, progress)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,9 +258,10 @@ def measure_pair(
         raise InternalError("Two files were timed and not compared.")
     if found.ratio.error > _TOO_NOISY:
         count = f"{found.ratio.sittings} sitting{'' if found.ratio.sittings == 1 else 's'}"
+        where = "this machine" if conditions.device is None else f"the device '{conditions.device.device}'"
         progress.warn(
             f"A latency of {found.ratio.value:.3f} of another's is known to within {found.ratio.error:.1%} of it only, "
-            f"after {len(found.samples['file'].milliseconds)} calls in {count}: this machine is too noisy to tell 3 % "
+            f"after {len(found.samples['file'].milliseconds)} calls in {count}: {where} is too noisy to tell 3 % "
             f"apart. Stop other work on it, or raise deploy.repeats ({conditions.repeats} now)."
         )
     return PairLatency(found.ratio.value, found.samples["reference"].p50)

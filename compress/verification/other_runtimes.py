@@ -87,7 +87,7 @@ def check_also(
         wanted: The other runtime.
         path: The .onnx file.
         split: Split of at least one image.
-        conditions: Conditions of the runtime that ships the file.
+        conditions: Conditions of the runtime that ships the file; on this machine, also where a device is timed.
         limit: Largest absolute difference of an output that passes.
         progress: Receives progress by part.
 
@@ -95,6 +95,7 @@ def check_also(
         The check and plain values for the report. The check is skipped where the runtime is not installed, and fails
         where no machine has it.
     """
+    conditions = conditions.here
     threads = wanted.threads or conditions.threads
     there = replace(conditions, runtime=wanted.runtime, provider=wanted.provider, threads=threads)
     stated: dict[str, Any] = {

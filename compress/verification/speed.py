@@ -7,7 +7,7 @@ from compress.errors import ModelError
 from compress.model.artifacts import CheckResult
 from compress.progress import Progress
 from compress.verification.job import VerificationJob
-from compress.verification.latency import LatencyRatio, LatencySample
+from compress.verification.latency import Comparison, LatencyRatio, LatencySample
 from compress.verification.measurement import time_files
 from compress.verification.resources import Resources, measure_resources
 
@@ -41,12 +41,21 @@ def measure_latencies(job: VerificationJob, progress: Progress) -> Speed:
     if found.ratio is not None and found.ratio.control is not None:
         progress.note(f"latency / baseline's: {found.ratio}; the baseline against itself: {found.ratio.control}")
     series = {f"{label}_ms": list(sample.milliseconds) for label, sample in found.samples.items()}
-    stated = {key: value for key, value in asdict(conditions).items() if key != "repeats"}
     ratio = None if found.ratio is None else asdict(found.ratio)
-    binding = job.open().io_binding
     timed = {"baseline_file": "int8"} if job.int8_baseline is not None else {}
-    details = {"latency": {"baseline_ms": [], **series, "ratio": ratio, **stated, "io_binding": binding, **timed}}
+    details = {"latency": {"baseline_ms": [], **series, "ratio": ratio, **_describe(job, found), **timed}}
     return Speed((), found.samples, found.ratio, None, details)
+
+
+def _describe(job: VerificationJob, found: Comparison) -> dict[str, Any]:
+    """Return the conditions of the latency measurement, for the report."""
+    conditions, device = job.conditions, job.conditions.device
+    same = {"threads": conditions.threads, "batch_size": conditions.batch_size}
+    if device is not None:
+        place = {"runtime": found.runtime or None, "device": device.device, "command": str(device)}
+        return {**place, **same, "io_binding": False}
+    place = {"runtime": conditions.runtime, "provider": conditions.provider}
+    return {**place, **same, "warmup": conditions.warmup, "io_binding": job.open().io_binding}
 
 
 def measure_use(job: VerificationJob, progress: Progress) -> Speed:
@@ -55,7 +64,7 @@ def measure_use(job: VerificationJob, progress: Progress) -> Speed:
     if not sizes:
         return Speed()
     try:
-        found = measure_resources(job.files, job.evaluation, job.conditions, sizes, progress)
+        found = measure_resources(job.files, job.evaluation, job.conditions.here, sizes, progress)
     except ModelError as error:
         return Speed((CheckResult("resources", "fail", None, None, "", error.message),))
     return Speed(resources=found, details={"runtime": asdict(found)})

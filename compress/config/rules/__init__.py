@@ -6,6 +6,7 @@ from compress.config.problems import Problem
 from compress.config.rules.gates import check_gates
 from compress.config.rules.stages import (
     check_calibration_images,
+    check_device_command,
     check_half_precision,
     check_int8_deployment,
     check_latency_targets,
@@ -28,6 +29,7 @@ from compress.config.sections import Sections
 RULES: tuple[Callable[[Sections], Iterator[Problem]], ...] = (
     check_order,
     check_latency_targets,
+    check_device_command,
     check_half_precision,
     check_quantized_format,
     check_quantized_precision,

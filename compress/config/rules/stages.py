@@ -6,18 +6,21 @@ from compress.catalog import NOTHING, STAGES, VERDICT
 from compress.config.defaults import with_deployment
 from compress.config.document import Document
 from compress.config.problems import KeyPath, Problem
+from compress.config.schema.device_command import unused_settings
 from compress.config.schema.low_rank import LowRankConfig
 from compress.config.schema.pipeline import QuantizeConfig
 from compress.config.schema.prune import CutConfig
 from compress.config.schema.targets import RankTargetConfig
 from compress.config.schema.training import FinetuneConfig
-from compress.config.schema.verify import VerifyConfig
+from compress.config.schema.verify import GatesConfig, VerifyConfig
 from compress.config.sections import Sections
 
 TIMED_RUNTIME = "onnxruntime"
 NO_HALF = ("CPUExecutionProvider",)  # casts float16 to float32 and back around every operator
 NO_INTEGER = ("CUDAExecutionProvider",)  # computes in float between the roundings
 _LATENCY = ("latency", "latency_ms")
+_OF_THIS_MACHINE = ("max_cold_start_ms", "max_memory_mb", "min_images_per_second")
+_RATIOS_OF_THIS_MACHINE = ("cold_start", "memory", "energy")
 _ARTICLES = {"TorchModel": "a TorchModel", "OnnxModel": "an OnnxModel", VERDICT: "a Verdict"}
 
 
@@ -67,7 +70,7 @@ def check_latency_targets(sections: Sections) -> Iterator[Problem]:
                 "measured.",
                 "add at the top level: deploy: {provider: CPUExecutionProvider, threads: 1}",
             )
-    if deploy is not None and paths and deploy.runtime != TIMED_RUNTIME:
+    if deploy is not None and deploy.command is None and paths and deploy.runtime != TIMED_RUNTIME:
         text = f"must be {TIMED_RUNTIME} for a latency target, got {deploy.runtime}, which cannot time nodes."
         yield document.problem(("deploy", "runtime"), text)
 
@@ -80,12 +83,41 @@ def _targets(sections: Sections) -> Iterator[tuple[KeyPath, RankTargetConfig]]:
             yield (*path, "target"), low_rank.target
 
 
+def check_device_command(sections: Sections) -> Iterator[Problem]:
+    """A command times complete files: no single layers, and neither start nor memory."""
+    deploy, document = sections.deploy, sections.document
+    if deploy is None or deploy.command is None:
+        return
+    for path, low_rank in sections.of(LowRankConfig):
+        for key in () if low_rank.target is None else low_rank.target.given():
+            if key in _LATENCY:
+                text = "needs times of single layers, which deploy.command cannot give."
+                yield document.problem((*path, "target", key), text, "use a target of macs or params in low_rank")
+    for path, verify in sections.of(VerifyConfig):
+        if verify.resources is not None and "resources" in verify.model_fields_set:
+            text = f"would be measured on this machine, not on the device '{deploy.device}'."
+            yield document.problem((*path, "resources"), text, "leave it out, or set resources: null")
+        yield from _of_this_machine(document, (*path, "gates"), verify.gates, f"the device '{deploy.device}'")
+        for name in unused_settings(deploy.command, verify.model_fields_set & {"threads", "batch_size"}):
+            if getattr(verify, name) != getattr(deploy, name):
+                text = f"must be left out, or stand in deploy.command as {{{name}}}, got {getattr(verify, name)}."
+                yield document.problem((*path, name), text)
+
+
+def _of_this_machine(document: Document, path: KeyPath, gates: GatesConfig, device: str) -> Iterator[Problem]:
+    """Yield a problem for each limit that a command cannot measure."""
+    found: list[KeyPath] = [(*path, name) for name in _OF_THIS_MACHINE if getattr(gates, name) is not None]
+    found += [(*path, "max_ratio", name) for name in _RATIOS_OF_THIS_MACHINE if name in gates.max_ratio]
+    for place in found:
+        yield document.problem(place, f"is measured on this machine only, but the file is for {device}.")
+
+
 def check_half_precision(sections: Sections) -> Iterator[Problem]:
     """Files in half precision need a provider that computes in it."""
     deploy, document = sections.deploy, sections.document
     if deploy is None or not document.is_valid(("deploy", "provider")):
         return
-    if deploy.precision == "fp16" and deploy.provider in NO_HALF:
+    if deploy.precision == "fp16" and deploy.command is None and deploy.provider in NO_HALF:
         text = f"fp16 must be on a provider that computes in it, got {deploy.provider}."
         hint = "fp32 is faster there; CUDAExecutionProvider and TensorrtExecutionProvider have fp16"
         yield document.problem(("deploy", "precision"), text, hint)

@@ -1,8 +1,8 @@
 """Schema of `verify`: gates, robustness, resources; and of `deploy`."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, SerializerFunctionWrapHandler, model_serializer
 
 from compress.catalog import (
     CORRUPTIONS,
@@ -20,9 +20,11 @@ from compress.config.schema.base import (
     Section,
     Threads,
     registered,
+    to_names,
     to_tuple,
 )
 from compress.config.schema.data import PreprocessingConfig, Source
+from compress.config.schema.device_command import check_command, unused_settings
 from compress.config.schema.task import DEFAULT_TASK, TaskConfig
 
 
@@ -163,6 +165,9 @@ class GatesFile(VerifyConfig):
     )
 
 
+_OF_COMMAND = ("device", "timeout_s", "attempts", "variants", "command_folder")
+
+
 class DeployConfig(Section):
     """Target runtime of the model, which latency budgets and the verdict are measured on."""
 
@@ -180,3 +185,43 @@ class DeployConfig(Section):
         None, description="latency table of `compress profile`; by default measured on this machine"
     )
     accept_foreign_table: bool = Field(False, description="true: use a table of another machine")
+    command: Annotated[tuple[str, ...], BeforeValidator(to_names)] | None = Field(
+        None,
+        description="command that times an ONNX file on a device and prints milliseconds: a list of arguments with "
+        "{model} or {stdin}, and {threads}, {batch_size}, {repeats}; no shell reads it",
+    )
+    device: str | None = Field(None, description="name of the device that the command times on")
+    timeout_s: float = Field(600.0, gt=0, le=86400, description="seconds after which a command is stopped")
+    attempts: int = Field(3, ge=1, le=100, description="attempts at a command that fails, as where a connection drops")
+    variants: int = Field(96, ge=8, le=10_000, description="most variants of the network that the command times")
+    command_folder: OptionalPath = Field(
+        None, description="folder that the command starts in; by default that of the pipeline file"
+    )
+
+    def _check_rules(self) -> None:
+        if self.command is None:
+            for name in _OF_COMMAND:
+                if getattr(self, name) != _default(name):
+                    raise ValueError(f"{name} must be left out without a command that times files on a device")
+            return
+        check_command(self.command)
+        if self.device is None or not self.device.strip():
+            raise ValueError("device must be the name of the device that the command times on")
+        for name in ("runtime", "provider"):
+            if getattr(self, name) != _default(name):
+                raise ValueError(f"{name} must be left out beside a command, which opens files in a runtime of its own")
+        changed = [name for name in ("threads", "batch_size") if getattr(self, name) != _default(name)]
+        for name in unused_settings(self.command, changed):
+            raise ValueError(f"{name} must be left out, or stand in the command as {{{name}}}")
+
+    @model_serializer(mode="wrap")
+    def _dump(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out the settings of a command that is not given, as files of earlier versions do."""
+        values: dict[str, Any] = dump(self)
+        if self.command is None:
+            values = {key: value for key, value in values.items() if key != "command" and key not in _OF_COMMAND}
+        return values
+
+
+def _default(name: str) -> Any:
+    return DeployConfig.model_fields[name].default

@@ -25,11 +25,15 @@ _FEWEST = 2  # networks that are worth a comparison
 def comparison_key(pipeline: Pipeline, names: Sequence[str], runs_dir: Path) -> str | None:
     """Return the key of a comparison: files and conditions; None if there is nothing to compare.
 
+    Networks timed by the command of a device are not compared here; each verdict has its ratio to the baseline there.
+
     Args:
         pipeline: Pipeline of one of the runs; the others differ in nothing that the measurement depends on.
         names: Names of finished runs.
         runs_dir: Parent folder of all run folders.
     """
+    if pipeline.config.deploy is not None and pipeline.config.deploy.command is not None:
+        return None
     files = [[name, stage["output"]] for name in names if (stage := _exported(runs_dir, name)) is not None]
     conditions = pipeline.resolved["stages"][-1]
     settings = {key: conditions[key] for key in ("runtime", "provider", "threads", "batch_size", "warmup", "repeats")}

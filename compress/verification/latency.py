@@ -274,12 +274,12 @@ def compare_all(
     Raises:
         As `compare_latency`.
     """
-    _require_calls(len(models) - 1, calls.repeats)
+    require_calls(len(models) - 1, calls.repeats)
     *labels, baseline = models
     run = _Sittings({**models, baseline + AGAIN: models[baseline]}, feed, calls, stopwatch or Stopwatch())
     with (progress or SilentProgress()).task("latency of all networks in turn", SITTINGS) as task:
         run.make(0.0, task.advance)
-    ratios = {label: _ratio(run.found, (label, baseline)) for label in labels}
+    ratios = {label: ratio_of(run.found, (label, baseline)) for label in labels}
     control = next(iter(ratios.values())).control
     return ManyLatencies(run.samples(), ratios, control)
 

@@ -147,10 +147,11 @@ def check_int8_deployment(sections: Sections) -> Iterator[Problem]:
 def check_quantized_format(sections: Sections) -> Iterator[Problem]:
     """QOperator graphs have operators of ONNX Runtime, with kernels in its CPU provider."""
     deploy, document = sections.deploy, sections.document
-    runs_there = deploy is None or (deploy.runtime, deploy.provider) == ("onnxruntime", "CPUExecutionProvider")
+    has_kernels = deploy is None or (deploy.runtime, deploy.provider) == ("onnxruntime", "CPUExecutionProvider")
+    runs_there = has_kernels and (deploy is None or deploy.command is None)
     for path, stage in sections.of(QuantizeConfig):
         if stage.format != "qdq" and not runs_there and document.is_valid((*path, "format")):
-            place = f"{deploy.runtime} with {deploy.provider}" if deploy is not None else ""
+            place = "" if deploy is None else deploy.device or f"{deploy.runtime} with {deploy.provider}"
             text = f"must be qdq for {place}, got {stage.format}: only ONNX Runtime on the CPU has QOperator kernels."
             yield document.problem((*path, "format"), text, "leave format out")
 

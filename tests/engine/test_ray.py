@@ -34,13 +34,26 @@ SWEEP = ("--budgets", "0.8,0.5", "--seeds", "0,1", "--cpus", "1")
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Three nodes with one core each; the second also stands for a device."""
-    made = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False})
+    made = start_cluster(tries=3)
     try:
-        made.add_node(**(NODE | {"resources": {"timing": 1, "device:board": 1}}))
-        made.add_node(**NODE)
         yield made
     finally:
         made.shutdown()
+
+
+def start_cluster(tries: int) -> Any:
+    """Start the nodes; Ray gives each half a minute, which is little on a machine with other work."""
+    made = Cluster()
+    try:
+        made.add_node(**NODE, include_dashboard=False)
+        made.add_node(**(NODE | {"resources": {"timing": 1, "device:board": 1}}))
+        made.add_node(**NODE)
+    except Exception:
+        made.shutdown()
+        if tries == 1:
+            raise
+        return start_cluster(tries - 1)
+    return made
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from compress.engine.resources import Resources
 from compress.errors import ArtifactError, RuntimeUnavailable
 
 pytest.importorskip("ray", reason="ray is not installed")
+pytestmark = pytest.mark.timeout(3600)
 
 from ray.cluster_utils import Cluster
 
@@ -27,7 +28,7 @@ from compress.engine import ray_cluster
 from compress.engine.ray_cluster import RayCluster
 
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "resources": {"timing": 1}}
-PATIENCE_S = 400.0
+PATIENCE_S = 900.0  # a machine with other work is slow
 SWEEP = ("--budgets", "0.8,0.5", "--seeds", "0,1", "--cpus", "1")
 
 
@@ -92,13 +93,14 @@ def swept(world: World, cluster: Any) -> World:
         cluster.remove_node(lost, allow_graceful=False)
         output, errors = second.communicate(timeout=2 * PATIENCE_S)
     finally:
-        second.kill()
+        if second.poll() is None:
+            second.kill()
+            second.communicate()
     assert second.returncode == 0, errors + output
     (world.folder / "output.txt").write_text(output, encoding="utf-8")
     return world
 
 
-@pytest.mark.timeout(1800)
 def test_a_lost_driver_and_a_lost_node_change_nothing(swept: World) -> None:
     names = [f"chain-{budget}-seed{seed}" for budget in (0.8, 0.5) for seed in (0, 1)]
     report = json.loads((swept.runs / "chain-sweep" / "sweep.json").read_text(encoding="utf-8"))

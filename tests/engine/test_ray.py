@@ -20,13 +20,13 @@ from compress.engine.resources import Resources
 from compress.errors import ArtifactError, RuntimeUnavailable
 
 pytest.importorskip("ray", reason="ray is not installed")
-pytestmark = pytest.mark.timeout(3600)
 
 from ray.cluster_utils import Cluster
 
 from compress.engine import ray_cluster
 from compress.engine.ray_cluster import RayCluster
 
+pytestmark = pytest.mark.timeout(3600)
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "resources": {"timing": 1}}
 PATIENCE_S = 900.0  # a machine with other work is slow
 SWEEP = ("--budgets", "0.8,0.5", "--seeds", "0,1", "--cpus", "1")

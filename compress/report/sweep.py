@@ -225,8 +225,8 @@ class Sweep:
 
     @property
     def potential(self) -> PrunePotential | None:
-        """Prune potential; None if no run measured robustness and a baseline."""
-        return prune_potential(self.reports)
+        """Prune potential of the first seed; None if no run measured robustness and a baseline."""
+        return prune_potential([row.reports[0] for row in self.grouped if row.reports])
 
     @property
     def grouped(self) -> list[Row]:

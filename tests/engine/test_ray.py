@@ -26,21 +26,35 @@ from ray.cluster_utils import Cluster
 from compress.engine import ray_cluster
 from compress.engine.ray_cluster import RayCluster
 
+pytestmark = pytest.mark.timeout(3600)
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "resources": {"timing": 1}}
-PATIENCE_S = 400.0
+PATIENCE_S = 900.0  # a machine with other work is slow
 SWEEP = ("--budgets", "0.8,0.5", "--seeds", "0,1", "--cpus", "1")
 
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Any]:
     """Three nodes with one core each; the second also stands for a device."""
-    made = Cluster(initialize_head=True, head_node_args=NODE | {"include_dashboard": False})
+    made = start_cluster(tries=3)
     try:
-        made.add_node(**(NODE | {"resources": {"timing": 1, "device:board": 1}}))
-        made.add_node(**NODE)
         yield made
     finally:
         made.shutdown()
+
+
+def start_cluster(tries: int) -> Any:
+    """Start the nodes; Ray gives each half a minute, which is little on a machine with other work."""
+    made = Cluster()
+    try:
+        made.add_node(**NODE, include_dashboard=False)
+        made.add_node(**(NODE | {"resources": {"timing": 1, "device:board": 1}}))
+        made.add_node(**NODE)
+    except Exception:
+        made.shutdown()
+        if tries == 1:
+            raise
+        return start_cluster(tries - 1)
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +93,14 @@ def swept(world: World, cluster: Any) -> World:
         cluster.remove_node(lost, allow_graceful=False)
         output, errors = second.communicate(timeout=2 * PATIENCE_S)
     finally:
-        second.kill()
+        if second.poll() is None:
+            second.kill()
+            second.communicate()
     assert second.returncode == 0, errors + output
     (world.folder / "output.txt").write_text(output, encoding="utf-8")
     return world
 
 
-@pytest.mark.timeout(1800)
 def test_a_lost_driver_and_a_lost_node_change_nothing(swept: World) -> None:
     names = [f"chain-{budget}-seed{seed}" for budget in (0.8, 0.5) for seed in (0, 1)]
     report = json.loads((swept.runs / "chain-sweep" / "sweep.json").read_text(encoding="utf-8"))

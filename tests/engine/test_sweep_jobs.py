@@ -45,7 +45,9 @@ def swept(world: World) -> World:
     try:
         output, errors = again.communicate(timeout=500)
     finally:
-        again.kill()
+        if again.poll() is None:
+            again.kill()
+            again.communicate()
     assert again.returncode == 0, errors
     (world.folder / "output.txt").write_text(output, encoding="utf-8")
     return world

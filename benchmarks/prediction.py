@@ -38,6 +38,7 @@ from compress.exporting.settings import ExportSettings
 from compress.exporting.torch_onnx import export_onnx
 from compress.model.artifacts import Baseline, FactorySpec, ModelMetrics, Signature, TensorSpec, TorchModel
 from compress.model.recipe import Recipe, RemoveChannels
+from compress.networks.normalize import prepare
 from compress.progress import Progress
 from compress.pruning.ranking.selection import Selection, find_candidates, score_groups
 from compress.pruning.surgery import remove_channels
@@ -117,7 +118,7 @@ class Trial:
         """The network with random weights, exported."""
         spec, shape = NETWORKS[self.name][0], ("batch", 3, self.size, self.size)
         torch.manual_seed(0)
-        module = build_module(spec).eval()
+        module = prepare(build_module(spec).eval(), self.example)
         found = module(self.example)
         outputs: tuple[Tensor, ...] = (found,) if isinstance(found, Tensor) else tuple(found)
         specs = tuple(TensorSpec(f"out{i}", ("batch", *one.shape[1:])) for i, one in enumerate(outputs))

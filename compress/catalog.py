@@ -314,6 +314,7 @@ RUNTIMES.declare_all("compress.verification.runtimes", (
     ("onnxruntime", "onnxruntime:OnnxRuntime", "ONNX Runtime with any of its execution providers"),
     ("onnx_reference", "onnx_reference:OnnxReference",
      "reference evaluator of the ONNX project on the CPU; slow, a second opinion on tiny networks"),
+    ("openvino", "openvino:OpenVino", "OpenVINO on a CPU, GPU or NPU, in the precision of the file"),
     ("torch_eager", "torch_eager:TorchEager", "PyTorch on the CPU, for comparison"),
 ))  # fmt: skip
 
@@ -322,6 +323,7 @@ INSTALL = {
     "cryptography": "pip install 'cryptography>=43'",
     "fsspec": "pip install 'fsspec>=2025.3'",
     "optuna": "pip install 'optuna>=5.0'",
+    "openvino": "pip install 'openvino>=2025.0'",
     "pycocotools": "pip install 'pycocotools>=2.0.7'",
     "ray": "pip install 'ray>=2.40'",
     "s3fs": "pip install 's3fs>=2025.3'",

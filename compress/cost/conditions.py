@@ -19,6 +19,7 @@ from compress.storage.digest import digest_value
 _CPU_INFO = Path("/proc/cpuinfo")
 _VECTOR_SETS = ("avx", "avx2", "fma", "avx512f", "avx512_vnni", "amx_tile", "asimd", "sve")
 _VNNI = ("avx512_vnni", "avx_vnni")
+_OWN_PACKAGES = ("openvino",)  # runtimes whose package has their name
 COMMAND = "command"  # in place of a runtime: a command that times complete files
 
 
@@ -69,7 +70,7 @@ def present_conditions(
         machine=_read_cpu_info("model name") or platform.processor() or platform.machine(),
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         instructions=",".join(name for name in _VECTOR_SETS if name in _flags()),
-        runtime=f"{runtime} {_runtime_version()}",
+        runtime=f"{runtime} {_runtime_version(runtime)}",
         provider=provider,
         threads=threads,
         batch_size=batch_size,
@@ -127,8 +128,9 @@ def _read_cpu_info(wanted: str) -> str:
     return next((value.strip() for key, _, value in fields_of if key.strip() == wanted), "")
 
 
-def _runtime_version() -> str:
-    for name in ("onnxruntime-gpu", "onnxruntime"):
+def _runtime_version(runtime: str) -> str:
+    packages = (runtime,) if runtime in _OWN_PACKAGES else ("onnxruntime-gpu", "onnxruntime")
+    for name in packages:
         try:
             return metadata.version(name)
         except metadata.PackageNotFoundError:

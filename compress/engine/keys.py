@@ -33,7 +33,7 @@ LIBRARIES = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "o
 _FILES = {"rewind_to": "Checkpoint", "trained": "Weights"}  # setting of finetune -> its file
 # settings without effect on results, or paths whose files count
 FREE = ("save_minutes", "device", "compiled", "cached", *_FILES)
-TORCH_PRUNING = "torch-pruning"
+TORCH_PRUNING, OPENVINO = "torch-pruning", "openvino"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def build_steps(pipeline: Pipeline) -> list[Step]:
             "config": counting,
             "seed": config.seed,
             "threads": config.threads,
-            "libraries": libraries | _torch_pruning_version(values),
+            "libraries": libraries | _torch_pruning_version(values) | _openvino_version(values),
             "plugins": {name: _code_digest(name, folder) for name in config.plugins},
         }
         if entry.uses_data:
@@ -150,6 +150,12 @@ def _torch_pruning_version(values: Mapping[str, Any]) -> dict[str, str | None]:
     criterion = values.get("criterion")
     is_theirs = isinstance(criterion, dict) or (isinstance(criterion, str) and criterion.startswith("tp_"))
     return {TORCH_PRUNING: _version(TORCH_PRUNING)} if is_theirs else {}
+
+
+def _openvino_version(values: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return the version of OpenVINO if the stage opens files in it, else an empty dict."""
+    named = [values, *(values.get("also") or ())]
+    return {OPENVINO: _version(OPENVINO)} if any(one.get("runtime") == OPENVINO for one in named) else {}
 
 
 def _reference_digest(reference: str, folder: Path) -> str:

@@ -54,7 +54,7 @@ def list_latency_budget(latency: LatencyBudget | None) -> Iterator[Fact]:
     beside = [one.baseline_ms for one in latency.rounds if one.baseline_ms is not None]
     if latency.device:
         stated = f" ({latency.device_runtime})" if latency.device_runtime else ""
-        yield "device, timed by a command", f"{latency.device}{stated}"
+        yield "complete networks timed on", f"{latency.device}{stated}"
     yield "baseline latency in the latency table", format_ms(latency.reference_ms)
     yield "share of it, by the table", format_share(latency.predicted_ratio)
     yield "share of it, measured in turn", timed

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from compress.cost.conditions import COMMAND
 from compress.cost.fitted_table import FittedTable
 from compress.errors import BudgetUnreachable
 from compress.model.stage_records import LayerLatency, Round, Stairs, Step, Variant, WidthLatencyRecord
@@ -155,9 +156,10 @@ def _device_values(model: LatencyModel) -> dict[str, Any]:
     """Return the entries on a device that times complete variants; {} for a table of single layers."""
     if not isinstance(model.table, FittedTable):
         return {}
+    conditions = model.file.conditions
     return {
-        "device": model.file.conditions.machine,
-        "device_runtime": model.file.runtime or None,
+        "device": conditions.machine,
+        "device_runtime": (model.file.runtime or None) if conditions.runtime == COMMAND else conditions.runtime,
         "entry_error": model.table.entry_error,
     }
 

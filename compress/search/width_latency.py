@@ -3,7 +3,7 @@
     plan variants -> time those that no table holds yet -> build the table -> budget
                                        a choice of widths -> timed as a complete network, next to the baseline
 
-For a device that a command times files on, the table is fitted to complete variants (`search/device_latency.py`).
+For a device or runtime that cannot time nodes, the table is fitted to complete variants (`search/device_latency.py`).
 
 Tables are stored in a folder that all runs share, one file for each network and set of conditions. Variants that were
 timed before a kill are not timed again.
@@ -34,7 +34,7 @@ from compress.search.context import StageContext
 from compress.search.deployed_files import Copy, conditions_here, timed_file, variant_copies
 from compress.search.device_latency import DeviceTiming, describe_fit
 from compress.search.export import conditions_of, exported
-from compress.verification.measurement import Conditions, PairLatency, latency_inputs, measure_pair, time_on_device
+from compress.verification.measurement import Conditions, PairLatency, latency_inputs, measure_pair, time_complete
 from compress.verification.profiling import profile_models
 from compress.verification.runtimes.base import Runtime
 
@@ -153,10 +153,11 @@ def model_latency(
     source = load_onnx(path, weights=True)
     writer = VariantWriter(source)
     most = max((len({*out.slots, *inp.slots}) for out, inp in axes.axes.values()), default=0)
-    planned = plan_variants(levels, has_pairs=most > 1, has_sums=most > 2 or deploy.command is not None)
+    conditions = conditions_of(deploy)
+    planned = plan_variants(levels, has_pairs=most > 1, has_sums=most > 2 or not conditions.times_nodes)
     _check_variant(writer, axes, planned[1], count_macs)
     reference, copy = timed_file(model.baseline.onnx_path, ctx), variant_copies(source, writer, ctx)
-    timing = _Timing(reference, writer, copy, axes, conditions_of(deploy), ctx)
+    timing = _Timing(reference, writer, copy, axes, conditions, ctx)
     if longer is not None and longer.table.covers(writer.sites):
         return replace(longer, writer=writer, axes=axes, levels=levels, time_pair=timing.pair)
     if longer is not None and deploy.table is not None:
@@ -168,11 +169,11 @@ def model_latency(
         _check_covers(table, planned, axes)
     else:
         path = table_path(ctx, here, writer.sites, deploy.repeats)
-        if timing.conditions.device is None:
+        if timing.conditions.times_nodes:
             table = timing.complete(known, planned, here, path)
         else:
-            table = timing.on_device(levels).complete(known, planned, here, path, deploy.variants)
-    built, variants = _built(table, writer.sites, ctx, is_fitted=timing.conditions.device is not None)
+            table = timing.as_complete(levels).complete(known, planned, here, path, deploy.variants)
+    built, variants = _built(table, writer.sites, ctx, is_fitted=not timing.conditions.times_nodes)
     if built.spread > _NOISY:
         ctx.progress.warn(
             f"{timing.place} is too noisy for a budget in milliseconds to be met closely: single calls scatter by "
@@ -279,8 +280,8 @@ class _Timing:
             raise InternalError("A latency table was completed without a variant.")
         return table
 
-    def on_device(self, levels: Mapping[str, Sequence[int]]) -> DeviceTiming:
-        """Return the timing of complete variants by the command of the device."""
+    def as_complete(self, levels: Mapping[str, Sequence[int]]) -> DeviceTiming:
+        """Return the timing of complete variants, for a device or runtime that cannot time nodes."""
         conditions, progress = self.conditions, self.ctx.progress
         return DeviceTiming(
             self.writer.sites,
@@ -288,7 +289,7 @@ class _Timing:
             levels,
             self.reference,
             self._variants,
-            lambda path: time_on_device(path, conditions, progress),
+            lambda path: time_complete(path, self.ctx.data.calibration, conditions, progress),
             self.ctx.folder,
             progress,
         )

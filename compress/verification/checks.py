@@ -224,6 +224,8 @@ def check_provider(runtime: Runtime, placements: Mapping[str, tuple[str, ...]] |
     got = runtime.provider_in_use
     status = "pass" if got == runtime.provider else "fail"
     detail = f"{got} in use, {runtime.provider} asked for"
+    if runtime.precision is not None:
+        detail += f", computes in {runtime.precision}"
     if placements is not None:
         total, elsewhere = sum(map(len, placements.values())), list_fell_back(runtime.provider, placements)
         detail += f"; {len(elsewhere)} of its {total} nodes fell back" if elsewhere else f", for all {total} nodes"

@@ -24,9 +24,11 @@ from compress.onnx_file.io import is_present, model_files
 from compress.progress import Progress, SilentProgress
 from compress.verification.device_command import DeviceCommand, DeviceTimes
 from compress.verification.device_latency import compare_on_device
-from compress.verification.latency import Calls, Comparison, LatencyRatio, compare_latency
+from compress.verification.latency import Calls, Comparison, LatencyRatio, compare_latency, measure_latency
 from compress.verification.quality import check_not_empty, image_input, predict
 from compress.verification.runtimes.base import Runtime
+from compress.verification.runtimes.onnx_session import NVIDIA
+from compress.verification.runtimes.onnxruntime import OnnxRuntime
 from compress.verification.samples import feed, fixed_batch
 from compress.verification.task_metrics import Measured
 
@@ -35,6 +37,7 @@ if TYPE_CHECKING:  # a file alone is measured without torch
 
 _ELEMENTS_AT_ONCE = 2**22
 _IMAGES_AT_ONCE = 256
+_WARMUP, _MS_EACH, _FEWEST_CALLS = 3, 8.0, 0.1  # the latter two: for each requested repeat of a file timed alone
 _TOO_NOISY = 0.015  # half of the 3 % that a budget may be missed by
 
 
@@ -75,6 +78,11 @@ class Conditions:
     def calls(self) -> Calls:
         """Calls of each model in a comparison of latencies."""
         return Calls(self.warmup, self.repeats)
+
+    @property
+    def times_nodes(self) -> bool:
+        """Whether single nodes can be timed: in ONNX Runtime, on providers that do not only launch them."""
+        return self.device is None and self.runtime == OnnxRuntime.name and self.provider not in NVIDIA
 
     def __str__(self) -> str:
         threads = "1 thread" if self.threads == 1 else f"{self.threads} threads"
@@ -213,6 +221,22 @@ def time_on_device(path: Path, conditions: Conditions, progress: Progress) -> De
         raise InternalError("A file was to be timed on a device, but the conditions name no device.")
     values = {name: getattr(conditions, name) for name in CALLS}
     return conditions.device.time_file(path, values, progress)
+
+
+def time_complete(path: Path, split: Split, conditions: Conditions, progress: Progress) -> DeviceTimes:
+    """Time one file alone: by the command of the device, or in one opening of the runtime on this machine.
+
+    Raises:
+        As `time_on_device` and `measure_onnx`.
+    """
+    if conditions.device is not None:
+        return time_on_device(path, conditions, progress)
+    with conditions.open(path) as session:
+        opened, inputs = {"file": session}, {"file": latency_inputs(session, split, conditions.batch_size)}
+        first_ms = measure_latency(opened, inputs, _WARMUP, 1)["file"].p50
+        share = float(np.clip(_MS_EACH / first_ms, _FEWEST_CALLS, 1.0))
+        found = measure_latency(opened, inputs, 0, max(2, round(conditions.repeats * share)))["file"]
+    return DeviceTimes(found.milliseconds, session.name)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,7 @@
 """Every registered runtime keeps the runtime contract on each of the tiny networks."""
 
 from contextlib import AbstractContextManager
+from importlib.util import find_spec
 
 import nets
 import pytest
@@ -11,6 +12,7 @@ from compress.testing import RuntimeCase, RuntimeContract
 from compress.verification.runtimes.base import Runtime
 from compress.verification.runtimes.onnx_reference import OnnxReference
 from compress.verification.runtimes.onnxruntime import OnnxRuntime
+from compress.verification.runtimes.openvino import OpenVino
 from compress.verification.runtimes.torch_eager import TorchEager
 
 
@@ -29,6 +31,13 @@ class TestOnnxReference(RuntimeContract):
     unavailable_provider = "CUDA"
 
 
+@pytest.mark.skipif(find_spec("openvino") is None, reason="openvino is not installed")
+class TestOpenVino(RuntimeContract):
+    runtime_class = OpenVino
+    provider = "CPU"
+    unavailable_provider = "NoSuchDevice"
+
+
 class TestTorchEager(RuntimeContract):
     runtime_class = TorchEager
     provider = "CPU"
@@ -39,7 +48,7 @@ class TestTorchEager(RuntimeContract):
 
 
 def test_every_registered_runtime_has_a_contract_class():
-    covered = {suite.runtime_class for suite in (TestOnnxReference, TestOnnxRuntime, TestTorchEager)}
+    covered = {suite.runtime_class for suite in (TestOnnxReference, TestOnnxRuntime, TestOpenVino, TestTorchEager)}
     assert {RUNTIMES.get(name) for name in RUNTIMES} == covered
     assert len(covered) >= 3
 

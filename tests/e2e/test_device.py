@@ -57,7 +57,7 @@ def test_the_report_names_the_device_the_command_and_its_runtime(report: dict[st
     assert (budget["device"], budget["device_runtime"]) == ("toy", "simulated 1.0")
     page = (world.runs / "residual" / "report.html").read_text(encoding="utf-8")
     assert "device toy, simulated 1.0, 512 threads" in page
-    assert "device, timed by a command" in page
+    assert "complete networks timed on" in page
     assert report["details"].get("runtime") is None, "start, memory and throughput of this machine are left out"
 
 

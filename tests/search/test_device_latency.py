@@ -60,7 +60,6 @@ class Device:
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> Device:
     found = Device()
-    monkeypatch.setattr(latency, "time_on_device", found)
     monkeypatch.setattr(measurement, "time_on_device", found)
     return found
 

@@ -30,6 +30,7 @@ from compress.errors import (
     BudgetUnreachable,
     ConfigValueError,
     ModelError,
+    NoSuchPlace,
     RuntimeUnavailable,
     StageError,
 )
@@ -211,8 +212,8 @@ def test_a_provider_that_is_not_there_is_refused(ctx):
         _latency_model("chain", ctx, deploy)
 
 
-def test_a_runtime_that_cannot_time_nodes_is_refused(ctx):
-    with pytest.raises(ConfigValueError, match=r"deploy\.runtime must be onnxruntime"):
+def test_a_runtime_that_reads_no_files_is_refused(ctx):
+    with pytest.raises(NoSuchPlace, match=r"'torch_eager' must read ONNX files"):
         _latency_model("chain", ctx, DeployConfig(runtime="torch_eager"))
 
 

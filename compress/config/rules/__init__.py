@@ -10,6 +10,7 @@ from compress.config.rules.stages import (
     check_half_precision,
     check_int8_deployment,
     check_latency_targets,
+    check_layer_times,
     check_order,
     check_other_runtimes,
     check_quantization_aware,
@@ -29,6 +30,7 @@ from compress.config.sections import Sections
 RULES: tuple[Callable[[Sections], Iterator[Problem]], ...] = (
     check_order,
     check_latency_targets,
+    check_layer_times,
     check_device_command,
     check_half_precision,
     check_quantized_format,

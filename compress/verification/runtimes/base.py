@@ -108,6 +108,11 @@ class Runtime(Opened):
         """The execution provider that computes; equal to `provider` once the runtime is open."""
 
     @property
+    def precision(self) -> str | None:
+        """Precision that floating-point operators are computed in; None where the runtime computes as the file says."""
+        return None
+
+    @property
     def io_binding(self) -> bool:
         """True if inputs and outputs of a `bind` call stay on the device, so that no copy is timed."""
         return False

@@ -1,4 +1,4 @@
-"""Log of a run that another process or host executes: `job.log` in its run folder."""
+"""Log of a run that another process or host executes, in its run folder."""
 
 import os
 import platform

@@ -81,7 +81,7 @@ class Conditions:
 
     @property
     def times_nodes(self) -> bool:
-        """Whether single nodes can be timed: in ONNX Runtime, on providers that do not only launch them."""
+        """True where single nodes can be timed: in ONNX Runtime, on providers that do not only launch them."""
         return self.device is None and self.runtime == OnnxRuntime.name and self.provider not in NVIDIA
 
     def __str__(self) -> str:

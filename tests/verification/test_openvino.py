@@ -88,7 +88,7 @@ def test_a_file_with_an_operator_that_it_does_not_know_is_refused(tmp_path: Path
 
 
 def test_a_bound_call_computes_what_a_run_does() -> None:
-    with OpenVino(exported("residual"), threads=2) as runtime:
+    with OpenVino(exported("chain"), threads=2) as runtime:
         call, before = runtime.bind(IMAGES), runtime.run(IMAGES)
         results = call()
         (values,) = before.values()

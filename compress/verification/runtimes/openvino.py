@@ -1,7 +1,7 @@
 """Runtime openvino: files in OpenVINO, with the precision of the file.
 
-OpenVINO computes float32 files in bfloat16 or float16 where the processor is faster in it, unless it is told the
-precision. A bound call, which is timed, is compiled for the shapes of its inputs.
+OpenVINO computes float32 files in bfloat16 or float16 where the processor is faster in it, unless the precision is set.
+A bound call, which is timed, is compiled for the shapes of its inputs.
 """
 
 from __future__ import annotations

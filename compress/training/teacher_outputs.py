@@ -6,8 +6,9 @@ of its values, and the first batch of each epoch is computed and compared. So a 
 with or without kept outputs.
 
     folder/DIGEST OF THE TEACHER/DIGEST OF EPOCH AND SETTINGS    checksum, then safetensors with the tensors
-        "batches"    (S, 32) uint8, SHA-256 of the images of each step
-        "outputs"    (S, N, ...) outputs
+        "batches"        (S, 32) uint8, SHA-256 of the images of each step
+        "outputs"        (S, N, ...) outputs
+        "channels_last"  memory format of the outputs, which sums of a loss depend on in their last bits
 """
 
 import hashlib
@@ -97,7 +98,9 @@ class TeacherOutputs:
         shape = next(iter(self._kept.values())).shape
         kept = {batch: outputs for batch, outputs in self._kept.items() if outputs.shape == shape}
         digests = torch.frombuffer(bytearray(b"".join(kept)), dtype=torch.uint8).reshape(len(kept), -1)
-        content = save({"batches": digests, "outputs": torch.stack(list(kept.values()))})
+        is_last = _is_channels_last(next(iter(kept.values())))
+        outputs = torch.stack([one.contiguous() for one in kept.values()])
+        content = save({"batches": digests, "outputs": outputs, "channels_last": torch.tensor(is_last)})
         try:
             write_atomic(path, sealed(content), is_shared=True)
         except OSError as error:
@@ -124,7 +127,15 @@ def _read(path: Path) -> dict[bytes, Tensor]:
     try:
         content = unsealed(path.read_bytes())
         tensors = {} if content is None else load(content)
-        batches, outputs = tensors["batches"], tensors["outputs"]
+        batches, outputs, is_last = tensors["batches"], tensors["outputs"], bool(tensors["channels_last"])
     except (OSError, SafetensorError, KeyError):
         return {}
-    return {bytes(batch.tolist()): one for batch, one in zip(batches, outputs, strict=True)}
+    form = torch.channels_last if is_last else torch.contiguous_format
+    pairs = zip(batches, outputs, strict=True)
+    return {bytes(batch.tolist()): one.contiguous(memory_format=form) for batch, one in pairs}
+
+
+def _is_channels_last(outputs: Tensor) -> bool:
+    return (
+        outputs.ndim == 4 and not outputs.is_contiguous() and outputs.is_contiguous(memory_format=torch.channels_last)
+    )

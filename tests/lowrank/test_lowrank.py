@@ -510,7 +510,7 @@ def test_the_stage_looks_at_what_layers_read_on_calibration_images(tmp_path: Pat
 
 
 def test_the_error_told_is_that_of_outputs_unless_kernels_are_asked_for(tmp_path: Path) -> None:
-    shared: dict[str, object] = {"target": RankTargetConfig(macs=0.5), "multiple_of": 1}
+    shared: dict[str, object] = {"target": RankTargetConfig(macs=0.5), "multiple_of": 1, "allocation": "shared_error"}
     for folder in ("outputs", "kernels"):
         (tmp_path / folder).mkdir()
     (slim, outputs, _), (_, kernels, _) = (

@@ -213,11 +213,14 @@ def test_widths_follow_the_staircase_of_the_device(ctx: StageContext, toy: Devic
     chosen = {}
     for block in (1, 8):
         toy.block = block
-        place = StageContext(tmp_path, 0, data, RecordingProgress(), DEPLOY, tmp_path / f"tables{block}")
-        config = PruneConfig(stage="prune", target={"latency": 0.5}, multiple_of=1, score_images=16, refit_images=16)
+        folder = tmp_path / f"block{block}"  # a stage's folder keeps finished parts
+        folder.mkdir()
+        place = StageContext(folder, 0, data, RecordingProgress(), DEPLOY, folder / "tables")
+        config = PruneConfig(stage="prune", target={"latency": 0.75}, multiple_of=1, score_images=16, refit_images=16)
         _, record = PruneStage(config).run(make_saved_model("residual", place.folder), place)
         chosen[block] = {stairs.name: stairs.chosen for stairs in record.latency.stairs}
     assert chosen[1] != chosen[8]
+    assert all(width % 8 == 0 for width in chosen[8].values()), chosen
 
 
 def test_the_conditions_carry_the_command() -> None:

@@ -104,7 +104,8 @@ def test_channels_alone_are_what_prune_does_and_ranks_alone_what_low_rank_does(r
     model = make_saved_model("residual", tmp_path / "baseline")
     ctx = StageContext(tmp_path, 0, data, RecordingProgress())
     pruning = PruneConfig(stage="prune", target=TargetConfig(macs=0.5), multiple_of=1)
-    ranking = LowRankConfig(stage="low_rank", target=RankTargetConfig(macs=0.5), multiple_of=1)
+    given = {"target": RankTargetConfig(macs=0.5), "multiple_of": 1, "allocation": "shared_error"}
+    ranking = LowRankConfig(stage="low_rank", **given)
     pruned, _ = PruneStage(pruning).run(model, ctx)
     ranked, _ = LowRankStage(ranking).run(model, ctx)
     _, record = run(model, moves=("channels", "ranks"))

@@ -184,6 +184,19 @@ def test_size_is_bounded(tmp_path: Path) -> None:
     assert load(unsealed(path.read_bytes()) or b"")["outputs"].shape == (2, 16, 3)
 
 
+@pytest.mark.parametrize("form", [torch.contiguous_format, torch.channels_last])
+def test_maps_keep_their_memory_format(tmp_path: Path, form: torch.memory_format) -> None:
+    teacher, images = nn.Conv2d(3, 4, 3), torch.rand(2, 2, 3, 8, 8)
+    for _ in range(2):
+        outputs = TeacherOutputs(lambda one: teacher(one).contiguous(memory_format=form), teacher, tmp_path, {}, print)
+        outputs.open_epoch(0)
+        found = [outputs(batch) for batch in images]
+        outputs.close_epoch()
+    assert outputs.read == 1
+    assert found[1].stride() == found[0].stride() == teacher(images[0]).contiguous(memory_format=form).stride()
+    assert torch.equal(found[1], teacher(images[1]))
+
+
 def test_a_folder_that_cannot_be_written_warns_and_trains(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     warned: list[str] = []

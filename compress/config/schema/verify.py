@@ -193,15 +193,19 @@ class DeployConfig(Section):
     device: str | None = Field(None, description="name of the device that the command times on")
     timeout_s: float = Field(600.0, gt=0, le=86400, description="seconds after which a command is stopped")
     attempts: int = Field(3, ge=1, le=100, description="attempts at a command that fails, as where a connection drops")
-    variants: int = Field(96, ge=8, le=10_000, description="most variants of the network that the command times")
+    variants: int = Field(
+        96, ge=8, le=10_000, description="most variants of the network to time where nodes cannot be timed"
+    )
     command_folder: OptionalPath = Field(
         None, description="folder that the command starts in; by default that of the pipeline file"
     )
 
     def _check_rules(self) -> None:
         if self.command is None:
+            can_time_nodes = (self.runtime, self.provider) == (_default("runtime"), _default("provider"))
             for name in _OF_COMMAND:
-                if getattr(self, name) != _default(name):
+                is_of_fitted_table = name == "variants" and not can_time_nodes
+                if getattr(self, name) != _default(name) and not is_of_fitted_table:
                     raise ValueError(f"{name} must be left out without a command that times files on a device")
             return
         check_command(self.command)
@@ -219,7 +223,8 @@ class DeployConfig(Section):
         """Leave out the settings of a command that is not given, as files of earlier versions do."""
         values: dict[str, Any] = dump(self)
         if self.command is None:
-            values = {key: value for key, value in values.items() if key != "command" and key not in _OF_COMMAND}
+            absent = {"command"} | {name for name in _OF_COMMAND if getattr(self, name) == _default(name)}
+            values = {key: value for key, value in values.items() if key not in absent}
         return values
 
 

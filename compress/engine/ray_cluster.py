@@ -17,6 +17,7 @@ import secrets
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -66,7 +67,7 @@ RETRIES = 3  # of a task whose node or process has died
 _ON_CPU = "CPUExecutionProvider"
 _TOKEN, _TOKEN_S = ".ray-token", 30 * 86_400.0  # the latter: longer than any sweep
 _LOCAL_STORE_BYTES = 100 * 2**20  # nothing large passes through Ray
-_CONNECT_S, _PROBE_S = 10.0, 120.0
+_CONNECT_S, _PROBE_S, _NOTICED_S = 10.0, 120.0, 60.0
 
 
 class RayCluster:
@@ -268,13 +269,38 @@ def _check_nodes(nodes: list[dict[str, Any]], facts: dict[str, Any]) -> None:
     problems = []
     for reference, node in probes.items():
         name = f"Node {node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
-        found = attempt(lambda one=reference: ray.get(one, timeout=_PROBE_S), lambda error: first_line(error))  # type: ignore[misc]
+        found = _answer(reference, node["NodeID"])
         if found is not None:
             problems.append((name, found))
     if problems:
         text = "\n".join(f"{name}: {found}" for name, found in problems)
         kind = ArtifactError if any(_NOT_SEEN in found for _, found in problems) else RuntimeUnavailable
         raise kind(text, hint="All nodes need the same folders under the same paths, and the same libraries.")
+
+
+def _answer(reference: Any, node_id: str) -> str | None:
+    """Return what a node finds at fault with itself, or why it does not answer; None for a good or a lost node.
+
+    A node that has just died counts as present for some seconds, until Ray notices.
+    """
+    lost: list[bool] = []
+
+    def unanswered(error: Exception) -> str:
+        lost.append(not isinstance(error, ray.exceptions.GetTimeoutError) and _is_lost(node_id))
+        return first_line(error)
+
+    found: str | None = attempt(lambda: ray.get(reference, timeout=_PROBE_S), unanswered)
+    return None if any(lost) else found
+
+
+def _is_lost(node_id: str) -> bool:
+    """Return whether a node leaves the cluster within `_NOTICED_S`."""
+    end = time.monotonic() + _NOTICED_S
+    while any(node["NodeID"] == node_id and node["Alive"] for node in ray.nodes()):
+        if time.monotonic() > end:
+            return False
+        time.sleep(1)
+    return True
 
 
 _NOT_SEEN = "does not see"

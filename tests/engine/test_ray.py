@@ -17,7 +17,7 @@ from compress.config.load import load_pipeline
 from compress.engine.executors import run_all
 from compress.engine.jobs import CompareJob, RunJob
 from compress.engine.resources import Resources
-from compress.errors import ArtifactError, RuntimeUnavailable
+from compress.errors import ArtifactError, RuntimeUnavailable, first_line
 
 pytest.importorskip("ray", reason="ray is not installed")
 
@@ -26,9 +26,9 @@ from ray.cluster_utils import Cluster
 from compress.engine import ray_cluster
 from compress.engine.ray_cluster import RayCluster
 
-pytestmark = pytest.mark.timeout(3600)
+pytestmark = pytest.mark.timeout(1500)
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "resources": {"timing": 1}}
-PATIENCE_S = 900.0  # a machine with other work is slow
+PATIENCE_S = 400.0  # a machine with other work is slow
 SWEEP = ("--budgets", "0.8,0.5", "--seeds", "0,1", "--cpus", "1")
 
 
@@ -49,10 +49,10 @@ def start_cluster(tries: int) -> Any:
         made.add_node(**NODE, include_dashboard=False)
         made.add_node(**(NODE | {"resources": {"timing": 1, "device:board": 1}}))
         made.add_node(**NODE)
-    except Exception:
+    except Exception as error:
         made.shutdown()
         if tries == 1:
-            raise
+            pytest.skip(f"Ray cannot start three nodes on this machine: {first_line(error)}")
         return start_cluster(tries - 1)
     return made
 

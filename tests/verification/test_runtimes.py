@@ -147,6 +147,7 @@ def test_placements_are_read_from_a_profile_each_node_once():
 
 class InUse:
     provider = provider_in_use = "TensorrtExecutionProvider"
+    precision = None
 
 
 def test_nodes_that_fell_back_are_listed_but_only_a_gate_fails():

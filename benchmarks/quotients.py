@@ -8,7 +8,7 @@
 The latency of the slim file, as a share of the baseline's, is the share of MACs that is left, and four losses:
 
     cheap MACs     MACs were removed from layers that take less time for a MAC than the average layer
-    narrow layers  what is left of a layer takes more time for a MAC than the full layer did
+    narrow layers  a narrowed layer takes more time for a MAC than the full layer
     other nodes    nodes without MACs (pooling, reordering of memory, additions that no convolution took in) shrink less
     between nodes  time of a call outside of its nodes
 

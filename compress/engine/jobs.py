@@ -12,7 +12,7 @@ import platform
 import time
 import traceback
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -280,11 +280,6 @@ def error_of(failure: Failure) -> CompressError:
         one.exit_code: one for one in (ConfigError, StageError, ArtifactError, RuntimeUnavailable)
     }
     return kinds.get(failure.exit_code, InternalError)(failure.message, hint=failure.hint)
-
-
-def run_part(job: RunJob, stages: int | None) -> RunJob:
-    """Return the job of the first stages of a run."""
-    return replace(job, stages=stages)
 
 
 def enter_folder(folder: str) -> None:

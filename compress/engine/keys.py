@@ -65,7 +65,7 @@ def build_steps(pipeline: Pipeline) -> list[Step]:
     resolved, folder = pipeline.resolved, pipeline.path.parent
     data = _data_component(resolved["data"], folder)
     task = _task_component(config.task, folder)
-    libraries = {name: found for name in LIBRARIES if (found := _version(name)) is not None}
+    libraries = {name: found for name in LIBRARIES if (found := package_version(name)) is not None}
     steps = []
     for index, (stage, values) in enumerate(zip(config.stages, resolved["stages"], strict=True)):
         entry = STAGES[stage.stage]
@@ -107,6 +107,9 @@ def build_steps(pipeline: Pipeline) -> list[Step]:
             fixed["quantize"] = config.quantize.model_dump(mode="json", exclude={"stage", "images", "method", "format"})
         if entry.name == "quantize" and config.int8 is not None:
             fixed["precision"] = "int8"  # the baseline is quantised too
+        if times_formats(stage):
+            deploy = config.deploy or DeployConfig()
+            fixed["deploy"] = {**asdict(deploy_conditions(deploy, config.int8)), "repeats": deploy.repeats}
         steps.append(Step(index, entry, stage, values, fixed))
     return steps
 
@@ -149,13 +152,13 @@ def _torch_pruning_version(values: Mapping[str, Any]) -> dict[str, str | None]:
     """Return the version of torch-pruning if the stage's criterion is from that package, else an empty dict."""
     criterion = values.get("criterion")
     is_theirs = isinstance(criterion, dict) or (isinstance(criterion, str) and criterion.startswith("tp_"))
-    return {TORCH_PRUNING: _version(TORCH_PRUNING)} if is_theirs else {}
+    return {TORCH_PRUNING: package_version(TORCH_PRUNING)} if is_theirs else {}
 
 
 def _openvino_version(values: Mapping[str, Any]) -> dict[str, str | None]:
     """Return the version of OpenVINO if the stage opens files in it, else an empty dict."""
     named = [values, *(values.get("also") or ())]
-    return {OPENVINO: _version(OPENVINO)} if any(one.get("runtime") == OPENVINO for one in named) else {}
+    return {OPENVINO: package_version(OPENVINO)} if any(one.get("runtime") == OPENVINO for one in named) else {}
 
 
 def _reference_digest(reference: str, folder: Path) -> str:
@@ -167,6 +170,11 @@ def _reference_digest(reference: str, folder: Path) -> str:
 def needs_latency(stage: Any) -> bool:
     """Return whether the target in a stage's settings needs latencies."""
     return bool(getattr(getattr(stage, "target", None), "needs_latency", False))
+
+
+def times_formats(stage: Any) -> bool:
+    """Return whether a stage chooses the format of an INT8 file by its latency."""
+    return isinstance(stage, QuantizeConfig) and stage.format == "auto"
 
 
 def _deploy_component(deploy: DeployConfig, int8: QuantizeConfig | None) -> dict[str, Any]:
@@ -181,7 +189,7 @@ def _deploy_component(deploy: DeployConfig, int8: QuantizeConfig | None) -> dict
         "table": table,
         "accept_foreign_table": deploy.accept_foreign_table,
         "repeats": deploy.repeats,
-        **({} if deploy.command is None else {"variants": deploy.variants}),
+        **({"variants": deploy.variants} if "variants" in deploy.model_dump() else {}),
     }
 
 
@@ -320,7 +328,8 @@ def _differences(before: Any, after: Any, path: str = "") -> list[str]:
     return [] if before == after else [path.removeprefix("config.")]
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Return the version of an installed package; None if it is not installed."""
     try:
         return version(package)
     except PackageNotFoundError:

@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -42,10 +41,9 @@ from compress.engine.jobs import (
     enter_folder,
     execute,
     from_plain,
-    run_part,
     to_plain,
 )
-from compress.engine.keys import LIBRARIES
+from compress.engine.keys import LIBRARIES, package_version
 from compress.engine.resources import Resources
 from compress.engine.timing_lock import TimingLock, measures_latency
 from compress.errors import (
@@ -243,15 +241,8 @@ def _place_token(runs_dir: Path) -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     """Return the versions that results depend on: of libraries, and of the stages of this program."""
-    found = {name: one for name in LIBRARIES if (one := _version(name)) is not None}
+    found = {name: one for name in LIBRARIES if (one := package_version(name)) is not None}
     return found | {f"stage {entry.name}": str(entry.version) for entry in STAGES.values()}
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _check_nodes(nodes: list[dict[str, Any]], facts: dict[str, Any]) -> None:
@@ -332,7 +323,7 @@ def _parts(job: Job) -> list[tuple[Job, bool, bool]]:
     timed = [measures_latency(pipeline.config, index) for index in range(len(pipeline.config.stages))]
     ends = [index + 1 for index in range(len(timed) - 1) if timed[index] != timed[index + 1]]
     on_gpu = _measures_on_gpu(pipeline)
-    parts: list[tuple[Job, bool, bool]] = [(run_part(job, end), timed[end - 1], on_gpu) for end in ends]
+    parts: list[tuple[Job, bool, bool]] = [(replace(job, stages=end), timed[end - 1], on_gpu) for end in ends]
     return [*parts, (replace(job, stages=None), timed[-1], on_gpu)]
 
 

@@ -19,7 +19,7 @@ from filelock import FileLock, ReadWriteLock, Timeout
 
 from compress.catalog import STAGES, VERDICT
 from compress.config.schema.pipeline import PipelineConfig
-from compress.engine.keys import needs_latency
+from compress.engine.keys import needs_latency, times_formats
 from compress.errors import ArtifactError
 
 
@@ -95,7 +95,7 @@ def measures_latency(config: PipelineConfig, index: int) -> bool:
         index: Position of the stage, from 0.
     """
     stage = config.stages[index]
-    if STAGES[stage.stage].produces == VERDICT:
+    if STAGES[stage.stage].produces == VERDICT or times_formats(stage):
         return True
     if config.deploy is None:
         return False

@@ -39,6 +39,7 @@ def write_structure(source: Path, target: Path) -> None:
 
     Raises:
         ArtifactError: The file cannot be read.
+        ModelError: It is quantised and has no float form.
     """
     model = load_onnx(source, weights=True)
     if is_qdq(model):

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 from onnx import ModelProto, NodeProto
 
-DOMAIN = "com.microsoft"  # of ONNX Runtime's own operators
 _GEMM_OUTPUT = 7  # place of the scale of the outputs among the inputs of QGemm; the zero point follows
 _SHAPES_ONLY = frozenset(
     ("Concat", "Flatten", "Gather", "Identity", "Reshape", "Resize", "Slice", "Split", "Squeeze", "Transpose",

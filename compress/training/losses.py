@@ -33,7 +33,6 @@ class BatchLoss:
     Attributes:
         rounding: Context manager of each forward pass of the network that learns, but not of the teacher's.
         teach: Function from images to the teacher's outputs, `taught` unless some are kept from earlier trainings.
-        teacher_outputs: Outputs of the teacher that trainings share; None where all are computed.
 
     Raises:
         ModelError: Feature maps are to be compared, but the two networks have no common map.

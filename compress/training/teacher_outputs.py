@@ -2,8 +2,8 @@
 
 Two trainings with the same images, augmentation and seed show the teacher the same batches: the runs of a sweep, the
 rates of a probe, a repeated run. The second one reads what the first one computed. Every batch is known by the digest
-of its values, and the first batch of each epoch is computed and compared. So a training ends with the same weights,
-with or without kept outputs.
+of its values, and the first kept batch of each epoch is computed and compared. So a training ends with the same
+weights, with or without kept outputs.
 
     folder/DIGEST OF THE TEACHER/DIGEST OF EPOCH AND SETTINGS    checksum, then safetensors with the tensors
         "batches"        (S, 32) uint8, SHA-256 of the images of each step
@@ -84,9 +84,11 @@ class TeacherOutputs:
         self.computed += 1
         if not isinstance(outputs, Tensor):
             return outputs
-        if kept is not None and not torch.equal(kept, outputs):
-            self._kept = {}  # another machine, thread count or library computed them
-        self._is_checked = True
+        if kept is not None:
+            if not torch.equal(kept, outputs):  # another machine, thread count or library computed them
+                self._free += sum(map(_size, self._kept.values()))
+                self._kept = {}
+            self._is_checked = True
         self._keep(batch, outputs)
         return outputs
 

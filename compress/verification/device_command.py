@@ -237,7 +237,7 @@ def _parse_object(line: str) -> tuple[DeviceTimes, str]:
     found = values.get("milliseconds")
     found = found if isinstance(found, list) else [found]
     if not found or not all(isinstance(one, (int, float)) and not isinstance(one, bool) for one in found):
-        raise ValueError(f"'milliseconds' is no number and no list of numbers in '{_shortened(line)}'.")
+        raise ValueError(f"'milliseconds' must be a number or a list of numbers, got '{_shortened(line)}'.")
     digest, runtime = values.get("sha256"), values.get("runtime")
     return DeviceTimes(tuple(map(_checked, found)), str(runtime or "")), str(digest or "").strip().lower()
 

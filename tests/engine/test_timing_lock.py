@@ -14,7 +14,7 @@ PAUSE_S = 0.3
 
 
 class Diary:
-    """What happened, in order; threads with locks of their own stand for processes."""
+    """Events in order; threads with locks of their own stand for processes."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.entries, self.notes = folder, [], []
@@ -77,3 +77,11 @@ def test_stages_that_measure_are_known_before_they_run(tmp_path: Path) -> None:
     values["stages"][1]["target"] = {"latency": 0.6}
     config = world.load(values).config
     assert [measures_latency(config, index) for index in range(5)] == [True, True, False, False, True]
+
+
+def test_a_format_chosen_by_latency_is_a_measurement(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    values = world.values()
+    values["stages"].insert(4, {"stage": "quantize", "images": 32, "format": "auto"})
+    config = world.load(values).config
+    assert [measures_latency(config, index) for index in range(6)] == [False, False, False, False, True, True]

@@ -169,6 +169,17 @@ def test_resumed_training_reads_what_is_there(tmp_path: Path) -> None:
     assert teacher.calls <= 3
 
 
+def test_outputs_of_another_machine_are_noticed_where_the_first_batch_is_not_kept(tmp_path: Path) -> None:
+    teacher, images, read = _network(1).eval(), torch.rand(3, 16, 3, 6, 6), []
+    for factor, batches in ((1.001, images[1:]), (1.0, images)):
+        outputs = TeacherOutputs(lambda one, by=factor: by * teacher(one), teacher, tmp_path, {}, print)
+        outputs.open_epoch(0)
+        read = [outputs(batch) for batch in batches]
+        outputs.close_epoch()
+    assert (outputs.read, outputs.computed) == (0, 3)
+    assert all(torch.equal(got, teacher(batch)) for got, batch in zip(read, images, strict=True))
+
+
 def test_size_is_bounded(tmp_path: Path) -> None:
     teacher = _network(1, Teacher).eval()
     images = torch.rand(3, 16, 3, 6, 6)

@@ -59,7 +59,7 @@ _BEGIN = "begin with load."
 
 
 def check_latency_targets(sections: Sections) -> Iterator[Problem]:
-    """A latency target needs a deployment, on a runtime that is fast enough to be one."""
+    """A latency target needs a deployment, in a runtime that networks are shipped with."""
     document, deploy = sections.document, sections.deploy
     paths = [(*path, key) for path, target in _targets(sections) for key in target.given() if key in _LATENCY]
     if deploy is None and document.is_valid(("deploy",)):

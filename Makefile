@@ -22,10 +22,10 @@ demo: $(READY) ## compress the embedded MNIST network and verify the result
 	$(BIN)/compress run pipelines/quickstart.yaml
 
 test: $(READY)  ## run the tests, two files at a time
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --timeout-method thread
 
 test-fast: $(READY) ## run the tests without pipelines, trainings and measurements
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --timeout-method thread -m "not slow"
 
 fuzz: $(READY)  ## damage 500 ONNX files and 500 images, and see that none of them ends in a bug
 	$(BIN)/python tests/fuzz/onnx_files.py --count 500

@@ -1,5 +1,6 @@
 """Allocation of widths: the budget is never exceeded in silence, floors, caps and multiples always hold."""
 
+import itertools
 import math
 import re
 
@@ -91,13 +92,20 @@ def test_nothing_that_still_fits_is_left_on_the_table(problem, share, method):
 
 @SETTINGS
 @given(problems(), st.lists(st.floats(0.01, 1.1), min_size=2, max_size=8), METHODS)
-def test_a_larger_budget_never_reaches_a_lower_cost(problem, shares, method):
-    # Holds for the greedy filling, too: where two budgets part, the larger one takes what the smaller cannot pay.
+def test_a_larger_budget_reaches_no_lower_cost_and_no_larger_damage(problem, shares, method):
+    # A network at a lower cost is within the smaller budget, too: only one of equal damage can be preferred there.
     groups, cost, _ = problem
     budgets = [share * cost.full for share in sorted(shares) if share * cost.full >= _least(groups, cost)]
     assume(len(budgets) > 1)
-    reached = [cost.at(_allocate(groups, cost, budget, method)) for budget in budgets]
-    assert reached == sorted(reached)
+    found = [_allocate(groups, cost, budget, method) for budget in budgets]
+    for smaller, larger in itertools.pairwise(found):
+        before, after = _damage(groups, smaller), _damage(groups, larger)
+        assert method == "uniform" or after <= before * (1 + 1e-9)
+        assert cost.at(larger) >= cost.at(smaller) or (method == "global" and after >= before * (1 - 1e-9))
+
+
+def _damage(groups, widths):
+    return sum(group.damages[group.levels.index(widths[group.name])] for group in groups)
 
 
 @SETTINGS

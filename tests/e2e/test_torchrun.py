@@ -114,6 +114,7 @@ def test_a_process_that_is_killed_costs_a_restart_from_the_saved_state(world):
     while saved_step(world.folder / "killed") < 200:  # in an epoch's middle, late: a difference has no time to fade
         assert time.monotonic() < deadline
         assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
     workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(workers[-1]), signal.SIGKILL)
     code, said = finish(process)

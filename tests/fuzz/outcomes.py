@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 LIMIT_S = 60
+WALL_LIMIT_S = 5 * LIMIT_S  # of a case in a process of its own, where foreign code may not come back
 HANG, CRASH, WRONG = "hang", "crash", "wrong"
 BAD = ("70", HANG, CRASH, WRONG)
 
@@ -89,16 +90,21 @@ def guarded(case: int, what: str, act: Callable[[], tuple[int, str, str]]) -> Ou
 
 
 def run_apart(script: Path, count: int, first: int, seed: int, show: bool) -> list[Outcome]:
-    """Run cases in processes of their own, a new one behind each that died or hung in foreign code."""
+    """Run cases in processes of their own, a new one behind each that died or hung in foreign code.
+
+    A case is tried twice before it counts as a crash: the system may have ended its process for lack of memory.
+    """
     found: list[Outcome] = []
-    at = first
+    at, died_at = first, -1
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     while at < first + count:
         here = [sys.executable, str(script), "--worker", "--from", str(at), "--count", str(first + count - at)]
-        with tempfile.TemporaryFile("w+") as log:
-            worker = subprocess.Popen(
+        with (
+            tempfile.TemporaryFile("w+") as log,
+            subprocess.Popen(
                 [*here, "--seed", str(seed)], stdout=subprocess.PIPE, stderr=log, text=True, env=environment
-            )
+            ) as worker,
+        ):
             assert worker.stdout is not None
             for line in worker.stdout:
                 if not line.startswith("{"):
@@ -115,6 +121,9 @@ def run_apart(script: Path, count: int, first: int, seed: int, show: bool) -> li
                 break
             log.seek(0)
             died = Outcome(at, begun, CRASH, f"exit {worker.returncode}: {log.read()[-500:]}")
+        if at != died_at:
+            died_at = at
+            continue
         found.append(died)
         if show:
             print(json.dumps(asdict(died)), flush=True)
@@ -143,7 +152,7 @@ def main(script: str, run_case: Callable[[int, int, Path], list[Outcome]], descr
         with tempfile.TemporaryDirectory() as folder:
             for case in range(given.first, given.first + given.count):
                 print(json.dumps({"begun": case, "what": describe(given.seed, case)}), flush=True)
-                faulthandler.dump_traceback_later(20 * LIMIT_S, exit=True)  # where foreign code does not come back
+                faulthandler.dump_traceback_later(WALL_LIMIT_S, exit=True)
                 for outcome in run_case(given.seed, case, Path(folder)):
                     print(json.dumps(asdict(outcome)), flush=True)
         return 0

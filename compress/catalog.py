@@ -311,19 +311,23 @@ RANKS: dict[str, tuple[str, str]] = {  # name -> setting of `low_rank` that take
 
 RUNTIMES: Registry[Any] = Registry("runtime")
 RUNTIMES.declare_all("compress.verification.runtimes", (
+    ("ncnn", "ncnn:Ncnn", "ncnn on a CPU, or on a GPU by Vulkan, in float32; the file is converted by pnnx"),
     ("onnxruntime", "onnxruntime:OnnxRuntime", "ONNX Runtime with any of its execution providers"),
     ("onnx_reference", "onnx_reference:OnnxReference",
      "reference evaluator of the ONNX project on the CPU; slow, a second opinion on tiny networks"),
     ("openvino", "openvino:OpenVino", "OpenVINO on a CPU, GPU or NPU, in the precision of the file"),
     ("torch_eager", "torch_eager:TorchEager", "PyTorch on the CPU, for comparison"),
 ))  # fmt: skip
+RUNTIME_PACKAGES = {"ncnn": ("ncnn", "pnnx"), "openvino": ("openvino",)}  # besides those of the default install
 
 
 INSTALL = {
     "cryptography": "pip install 'cryptography>=43'",
     "fsspec": "pip install 'fsspec>=2025.3'",
+    "ncnn": "pip install 'ncnn>=1.0.20250503'",
     "optuna": "pip install 'optuna>=5.0'",
     "openvino": "pip install 'openvino>=2025.0'",
+    "pnnx": "pip install 'pnnx>=20250530'",
     "pycocotools": "pip install 'pycocotools>=2.0.7'",
     "ray": "pip install 'ray>=2.40'",
     "s3fs": "pip install 's3fs>=2025.3'",

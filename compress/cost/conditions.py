@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
 
+from compress.catalog import RUNTIME_PACKAGES
 from compress.config.schema.pipeline import QuantizeConfig
 from compress.config.schema.verify import DeployConfig
 from compress.storage.digest import digest_value
@@ -19,7 +20,6 @@ from compress.storage.digest import digest_value
 _CPU_INFO = Path("/proc/cpuinfo")
 _VECTOR_SETS = ("avx", "avx2", "fma", "avx512f", "avx512_vnni", "amx_tile", "asimd", "sve")
 _VNNI = ("avx512_vnni", "avx_vnni")
-_OWN_PACKAGES = ("openvino",)  # runtimes whose package has their name
 COMMAND = "command"  # in place of a runtime: a command that times complete files
 
 
@@ -129,8 +129,7 @@ def _read_cpu_info(wanted: str) -> str:
 
 
 def _runtime_version(runtime: str) -> str:
-    packages = (runtime,) if runtime in _OWN_PACKAGES else ("onnxruntime-gpu", "onnxruntime")
-    for name in packages:
+    for name in RUNTIME_PACKAGES.get(runtime, ("onnxruntime-gpu", "onnxruntime")):
         try:
             return metadata.version(name)
         except metadata.PackageNotFoundError:

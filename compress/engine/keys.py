@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from compress.catalog import NOTHING, STAGES, TORCH_MODEL, VERDICT, StageEntry
+from compress.catalog import NOTHING, RUNTIME_PACKAGES, STAGES, TORCH_MODEL, VERDICT, StageEntry
 from compress.config.load import Pipeline
 from compress.config.paths import PRETRAINED, UNTRAINED
 from compress.config.schema.pipeline import QuantizeConfig
@@ -33,7 +33,7 @@ LIBRARIES = ("numpy", "onnx", "onnxruntime", "onnxruntime-gpu", "onnxscript", "o
 _FILES = {"rewind_to": "Checkpoint", "trained": "Weights"}  # setting of finetune -> its file
 # settings without effect on results, or paths whose files count
 FREE = ("save_minutes", "device", "compiled", "cached", *_FILES)
-TORCH_PRUNING, OPENVINO = "torch-pruning", "openvino"
+TORCH_PRUNING = "torch-pruning"
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +78,7 @@ def build_steps(pipeline: Pipeline) -> list[Step]:
             "config": counting,
             "seed": config.seed,
             "threads": config.threads,
-            "libraries": libraries | _torch_pruning_version(values) | _openvino_version(values),
+            "libraries": libraries | _torch_pruning_version(values) | _runtime_versions(values),
             "plugins": {name: _code_digest(name, folder) for name in config.plugins},
         }
         if entry.uses_data:
@@ -155,10 +155,11 @@ def _torch_pruning_version(values: Mapping[str, Any]) -> dict[str, str | None]:
     return {TORCH_PRUNING: package_version(TORCH_PRUNING)} if is_theirs else {}
 
 
-def _openvino_version(values: Mapping[str, Any]) -> dict[str, str | None]:
-    """Return the version of OpenVINO if the stage opens files in it, else an empty dict."""
+def _runtime_versions(values: Mapping[str, Any]) -> dict[str, str | None]:
+    """Return the versions of the packages of runtimes that the stage opens files in, besides ONNX Runtime's."""
     named = [values, *(values.get("also") or ())]
-    return {OPENVINO: package_version(OPENVINO)} if any(one.get("runtime") == OPENVINO for one in named) else {}
+    packages = {name for one in named for name in RUNTIME_PACKAGES.get(str(one.get("runtime")), ())}
+    return {name: package_version(name) for name in sorted(packages)}
 
 
 def _reference_digest(reference: str, folder: Path) -> str:

@@ -35,13 +35,13 @@ from compress.model.artifacts import Signature, TensorSpec
 from compress.model.modes import eval_mode
 from compress.model.stage_records import ExportRecord
 from compress.onnx_file.io import (
+    ONE_FILE_LIMIT_BYTES,
     at_sizes,
     default_opset,
     read_signature,
     save_onnx,
 )
 
-ONE_FILE_LIMIT_BYTES = 1_800_000_000  # protobuf ends at 2 GiB; the graph and its names need room too
 _DECIDES = (
     "The network's code decides by the values of its input, which no graph of tensors can: a note of the load stage "
     "names the layer. torch.where computes both sides and takes one."

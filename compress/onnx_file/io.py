@@ -21,6 +21,7 @@ __all__ = ["CLASSES_KEY", "PREPROCESSING_KEY"]
 CLASSES_KEY = "compress.classes"
 _FEW_BITS = {"UINT4": 4, "INT4": 4, "FLOAT4": 4, "UINT2": 2, "INT2": 2}
 _DIGITS, _SHOWN, _NAMED = 20, 80, 4
+ONE_FILE_LIMIT_BYTES = 1_800_000_000  # protobuf ends at 2 GiB; the graph and its names need room too
 _LARGEST = 2**31 - 1  # size of an axis
 _TYPES = frozenset(
     value

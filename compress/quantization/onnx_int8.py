@@ -24,9 +24,10 @@ from onnx import ModelProto, numpy_helper
 from compress.catalog import closest
 from compress.data.splits import Split
 from compress.errors import ExportFailed, NonFinite, StageError, first_line, translated
-from compress.exporting.torch_onnx import ONE_FILE_LIMIT_BYTES, move_into_place, save_checked
+from compress.exporting.torch_onnx import move_into_place, save_checked
 from compress.onnx_file.counting import rows_of
 from compress.onnx_file.io import (
+    ONE_FILE_LIMIT_BYTES,
     default_opset,
     is_half,
     is_quantized,

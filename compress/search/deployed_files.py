@@ -11,8 +11,8 @@ from compress.config.schema.pipeline import QuantizeConfig
 from compress.cost.conditions import TableConditions, deploy_conditions
 from compress.cost.variants import VariantWriter
 from compress.errors import ConfigValueError
-from compress.exporting.torch_onnx import ONE_FILE_LIMIT_BYTES, move_into_place
-from compress.onnx_file.io import load_onnx, save_onnx
+from compress.exporting.torch_onnx import move_into_place
+from compress.onnx_file.io import ONE_FILE_LIMIT_BYTES, load_onnx, save_onnx
 from compress.quantization.onnx_int8 import Quantization, matching_nodes
 from compress.quantization.timing_copies import TimingCopies, timing_copy
 from compress.search.context import StageContext

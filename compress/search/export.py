@@ -10,11 +10,11 @@ from compress.exporting.fidelity import file_error, first_difference
 from compress.exporting.rewrite import REWRITES
 from compress.exporting.settings import ExportSettings
 from compress.exporting.simplify import find_difference
-from compress.exporting.torch_onnx import ONE_FILE_LIMIT_BYTES, export_onnx
+from compress.exporting.torch_onnx import export_onnx
 from compress.model.artifacts import Signature, TorchModel
 from compress.model.modes import eval_mode
 from compress.model.stage_records import Rewrite
-from compress.onnx_file.io import load_onnx, save_onnx
+from compress.onnx_file.io import ONE_FILE_LIMIT_BYTES, load_onnx, save_onnx
 from compress.search.context import StageContext
 from compress.search.deployed_files import timed_files
 from compress.verification.device_command import device_of

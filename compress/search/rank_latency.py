@@ -24,14 +24,13 @@ from compress.cost.latency_table import BEFORE, WHOLE_QUANTILE, Sample
 from compress.cost.table_file import TableFile, network_digest
 from compress.cost.variants import Site, VariantWriter
 from compress.errors import BudgetUnreachable
-from compress.exporting.torch_onnx import ONE_FILE_LIMIT_BYTES
 from compress.lowrank.allocations import Rule, choose_options, rank_options
 from compress.lowrank.factorize import Moments
 from compress.lowrank.ranks import LayerSpectra, RankChoice, choose_ranks, solve_relative_error
 from compress.lowrank.surgery import factorized_copy
 from compress.model.artifacts import TorchModel
 from compress.model.recipe import Factorize
-from compress.onnx_file.io import load_onnx, save_onnx
+from compress.onnx_file.io import ONE_FILE_LIMIT_BYTES, load_onnx, save_onnx
 from compress.search.context import StageContext
 from compress.search.deployed_files import conditions_here, timed_file, timed_files, variant_copies
 from compress.search.export import conditions_of, export_present

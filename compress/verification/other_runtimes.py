@@ -15,6 +15,7 @@ from compress.onnx_file.counting import count_onnx
 from compress.onnx_file.io import is_half, is_quantized, load_onnx
 from compress.progress import Progress
 from compress.verification.checks import say_agreement
+from compress.verification.first_difference import find_first_difference
 from compress.verification.gates import skipped
 from compress.verification.latency import compare_latency
 from compress.verification.measurement import Conditions, latency_inputs
@@ -124,10 +125,18 @@ def check_also(
         return check, {**stated, "status": "fail", "reason": error.message}
     except (RuntimeUnavailable, ConfigValueError) as error:
         return skipped(wanted.check, error.message), {**stated, "status": "skipped", "reason": error.message}
-    check = _judge(wanted.check, result, _limit(path, limit, result), str(conditions))
+    allowed = _limit(path, limit, result)
+    check = _judge(wanted.check, result, allowed, str(conditions))
+    begins = None
+    if check.status == "fail":
+        progress.note(f"{wanted.label}: outputs differ, looking for the first node that does")
+        relative = min(allowed, 0.5 * result.max_abs) / max(result.largest_output, 1e-12)
+        begins = find_first_difference(path, there.open, conditions.open, split, relative)
     median, beside = times["there"].p50, times["shipping"].p50
-    detail = f"{there}: p50 {median:.3f} ms beside {beside:.3f} ms; {check.detail}"
+    since = f"; it begins at {begins}" if begins else ""
+    detail = f"{there}: p50 {median:.3f} ms beside {beside:.3f} ms; {check.detail}{since}"
     stated |= {"status": check.status, "max_abs": result.max_abs, "p50_ms": median, "shipping_p50_ms": beside}
+    stated |= {"first_difference": begins} if begins else {}
     return replace(check, detail=detail), stated
 
 

@@ -10,6 +10,7 @@ from exported import SIGNATURE, exported
 from compress.catalog import RUNTIMES
 from compress.testing import RuntimeCase, RuntimeContract
 from compress.verification.runtimes.base import Runtime
+from compress.verification.runtimes.ncnn import Ncnn
 from compress.verification.runtimes.onnx_reference import OnnxReference
 from compress.verification.runtimes.onnxruntime import OnnxRuntime
 from compress.verification.runtimes.openvino import OpenVino
@@ -38,6 +39,13 @@ class TestOpenVino(RuntimeContract):
     unavailable_provider = "NoSuchDevice"
 
 
+@pytest.mark.skipif(any(find_spec(name) is None for name in ("ncnn", "pnnx")), reason="ncnn is not installed")
+class TestNcnn(RuntimeContract):
+    runtime_class = Ncnn
+    provider = "CPU"
+    unavailable_provider = "NoSuchDevice"
+
+
 class TestTorchEager(RuntimeContract):
     runtime_class = TorchEager
     provider = "CPU"
@@ -48,7 +56,8 @@ class TestTorchEager(RuntimeContract):
 
 
 def test_every_registered_runtime_has_a_contract_class():
-    covered = {suite.runtime_class for suite in (TestOnnxReference, TestOnnxRuntime, TestOpenVino, TestTorchEager)}
+    suites = (TestNcnn, TestOnnxReference, TestOnnxRuntime, TestOpenVino, TestTorchEager)
+    covered = {suite.runtime_class for suite in suites}
     assert {RUNTIMES.get(name) for name in RUNTIMES} == covered
     assert len(covered) >= 3
 

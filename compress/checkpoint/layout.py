@@ -4,6 +4,7 @@
                  [structure.onnx]   if the network came as an ONNX file: that file without its weights
     slim/        recipe.json  weights.safetensors  meta.json  [factory.py]  [structure.onnx]  digests.json of all these
     OnnxModel    model.onnx [model.onnx.data]  [float.onnx [float.onnx.data]]  onnx.json  reference/ (a TorchModel)
+                 [formats/]   further formats of model.onnx
     Verdict      verdict.json
 
 Data only: nothing in these files is ever executed. The network's code comes from the factory.
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from compress.catalog import ONNX_MODEL, TORCH_MODEL, VERDICT
 from compress.data.preprocessing import Preprocessing
 from compress.errors import ArtifactError, InternalError
+from compress.exporting.formats import FOLDER
 from compress.model.artifacts import (
     Baseline,
     CheckResult,
@@ -274,6 +276,8 @@ def _save_onnx_model(model: OnnxModel, folder: Path) -> None:
         for file in path.parent.glob(f"{path.name}*"):
             if file.resolve().parent != folder.resolve():
                 shutil.copyfile(file, folder / file.name)
+    if (model.path.parent / FOLDER).is_dir() and model.path.parent.resolve() != folder.resolve():
+        shutil.copytree(model.path.parent / FOLDER, folder / FOLDER, dirs_exist_ok=True)
     values = {"file": model.path.name, "opset": model.opset, "signature": model.signature.to_dict()}
     values |= {key: path.name for key, path in present.items()}
     _write_json(folder / "onnx.json", values)

@@ -157,8 +157,8 @@ def _torch_pruning_version(values: Mapping[str, Any]) -> dict[str, str | None]:
 
 def _runtime_versions(values: Mapping[str, Any]) -> dict[str, str | None]:
     """Return the versions of the packages of runtimes that the stage opens files in, besides ONNX Runtime's."""
-    named = [values, *(values.get("also") or ())]
-    packages = {name for one in named for name in RUNTIME_PACKAGES.get(str(one.get("runtime")), ())}
+    entries = [one if isinstance(one, Mapping) else {"runtime": one} for one in (values, *(values.get("also") or ()))]
+    packages = {name for one in entries for name in RUNTIME_PACKAGES.get(str(one.get("runtime")), ())}
     return {name: package_version(name) for name in sorted(packages)}
 
 
@@ -199,6 +199,7 @@ _ADDED = {"augmentation": {"resized_crop": 0.0, "policy": "none", "magnitude": 9
 _ADDED_TO_STAGES: dict[str, dict[str, Any]] = {
     "finetune": {"own": None, "kwargs": {}, "trained": None, "quantization_aware": 0.0},
     "low_rank": {"repair": ["batch_norm"], "block_repair": None},
+    "export": {"also": []},
     "quantize": {"format": "qdq"},
     "prune": {"only": [], "limits": {}, "block_repair": None, "merge": False},
     "slim": {"only": [], "limits": {}, "block_repair": None},

@@ -79,6 +79,9 @@ def require_runtimes(pipeline: Pipeline) -> None:
         threads = one.threads or (verify.threads if device is None else 1)
         conditions = Conditions(one.runtime, one.provider, threads, verify.batch_size)
         wanted[f"verify.also[{number}]"] = conditions, one.required
+    for export in config.stages:
+        for format_name in getattr(export, "also", ()) if export.stage == "export" else ():
+            wanted[f"export.also: {format_name}"] = Conditions(format_name, "CPU"), True
     for name, (conditions, is_required) in wanted.items():
         try:
             require_conditions(conditions)

@@ -8,6 +8,7 @@ from pathlib import Path
 from compress.catalog import ONNX_MODEL
 from compress.checkpoint.layout import write_slim
 from compress.errors import ArtifactError, InternalError
+from compress.exporting.formats import FOLDER as FORMATS
 from compress.model.artifacts import FactorySpec
 from compress.storage.digest import digest_file
 from compress.storage.store import Entry
@@ -50,6 +51,7 @@ def publish(folder: Path, entries: Sequence[Entry], kinds: Sequence[str], factor
         names = sorted(file.name for file in source.glob(f"{MODEL_FILE}*"))
         for name in names:
             copy_if_other(source / name, folder / name)
+        _replace_formats(folder, source)
         _replace_slim(folder, source / "reference", factory)
     except OSError as error:
         raise ArtifactError(f"Run folder '{folder}' must be writable: {error.strerror or error}.") from error
@@ -72,6 +74,13 @@ def publish_slim(folder: Path, entry: Entry, factory: FactorySpec) -> None:
         (folder / LOADER_FILE).write_text(_LOADER, encoding="utf-8")
     except OSError as error:
         raise ArtifactError(f"Run folder '{folder}' must be writable: {error.strerror or error}.") from error
+
+
+def _replace_formats(folder: Path, source: Path) -> None:
+    """Make the further formats of the ONNX file those of the stored result."""
+    shutil.rmtree(folder / FORMATS, ignore_errors=True)
+    if (source / FORMATS).is_dir():
+        shutil.copytree(source / FORMATS, folder / FORMATS)
 
 
 def _replace_slim(folder: Path, source: Path, factory: FactorySpec) -> None:

@@ -30,6 +30,11 @@ class NcnnFiles:
     param: Path
     weights: Path
 
+    @classmethod
+    def of(cls, path: Path, folder: Path) -> NcnnFiles:
+        """Return the files in a folder that an ONNX file is converted into."""
+        return cls(folder / f"{path.stem}.ncnn.param", folder / f"{path.stem}.ncnn.bin")
+
     def find_foreign_layers(self) -> list[str]:
         """Return the kinds of layers that ncnn does not have, such as "onnx::QuantizeLinear"."""
         lines = self.param.read_text(encoding="utf-8").splitlines()[2:]
@@ -49,7 +54,7 @@ def convert_to_ncnn(path: Path, folder: Path, sizes: Sequence[Sequence[int]]) ->
         PackageMissing: The package pnnx is missing.
         ArtifactError: pnnx cannot convert the file.
     """
-    files = NcnnFiles(folder / f"{path.stem}.ncnn.param", folder / f"{path.stem}.ncnn.bin")
+    files = NcnnFiles.of(path, folder)
     shapes = ",".join(f"[{','.join(str(size) for size in (1, *one))}]" for one in sizes)
     with TemporaryDirectory(prefix="compress-pnnx-") as place:
         whole = load_onnx(path, weights=True)  # pnnx writes beside the file, and reads no small tensors of a second one

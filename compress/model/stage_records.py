@@ -526,6 +526,7 @@ class ExportRecord(StageRecord):
         files: Names of the files, the .onnx file first.
         denormals_flushed: Weights too small for a normal float32 that were set to zero.
         rewrites: Rewrite -> number of times it was applied.
+        formats: Further format -> names of its files.
     """
 
     nodes_before: int
@@ -537,6 +538,7 @@ class ExportRecord(StageRecord):
     files: tuple[str, ...]
     denormals_flushed: int
     rewrites: Mapping[str, int]
+    formats: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

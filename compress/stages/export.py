@@ -1,7 +1,10 @@
 """export: TorchModel -> OnnxModel."""
 
+from dataclasses import replace
+
 from compress.config.schema.pipeline import ExportConfig
 from compress.errors import ConfigValueError
+from compress.exporting.formats import write_formats
 from compress.exporting.open_axes import check_open_axes
 from compress.exporting.settings import ExportSettings, exported_signature
 from compress.exporting.torch_onnx import export_onnx
@@ -21,10 +24,10 @@ class ExportStage:
         self.config = config
 
     def run(self, artifact: TorchModel, ctx: StageContext) -> tuple[OnnxModel, ExportRecord]:
-        """Write `model.onnx` into the stage's folder.
+        """Write `model.onnx` into the stage's folder, and the formats that it is converted into.
 
         Raises:
-            ExportFailed: torch's exporter or ONNX fails, or the file is not as requested.
+            ExportFailed: torch's exporter, ONNX or a converter fails, or the file is not as requested.
             ConfigValueError: `dynamic` names axes of an image, but the first input is no image.
         """
         config = self.config
@@ -61,6 +64,10 @@ class ExportStage:
             ctx.progress.note(
                 f"The model is {len(record.files)} files, to be kept together: {', '.join(record.files)}."
             )
+        if config.also:
+            with ctx.progress.task(f"convert for {', '.join(config.also)}", 1) as task:
+                record = replace(record, formats=write_formats(path, config.also))
+                task.advance()
         signature = exported_signature(artifact.signature, config.dynamic_batch)
         if open_axes:  # only the file states how output sizes follow from the image's size
             signature = read_signature(load_onnx(path))

@@ -1,11 +1,14 @@
 """verify: OnnxModel -> Verdict."""
 
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from compress.config.schema.verify import DeployConfig, VerifyConfig
 from compress.data.from_config import open_shifted
 from compress.data.splits import Split
+from compress.exporting.formats import list_formats
 from compress.model.artifacts import OnnxModel, Verdict
 from compress.model.stage_records import VerifyRecord
 from compress.search.context import StageContext
@@ -39,7 +42,7 @@ class VerifyStage:
             evaluation=ctx.data.evaluation,
             conditions=conditions_of(config, ctx.deploy),
             gates=gates_of(config),
-            scope=scope_of(config, ctx.data.evaluation, ctx.seed),
+            scope=with_formats(scope_of(config, ctx.data.evaluation, ctx.seed), artifact.path),
             signature=artifact.signature,
             opset=artifact.opset,
             reference=reference.module,
@@ -79,6 +82,13 @@ def scope_of(config: VerifyConfig, evaluation: Split, seed: int) -> Scope:
         second_opinion=config.second_opinion,
         also=tuple(Also(one.label, one.runtime, one.provider, one.threads, one.required) for one in config.also),
     )
+
+
+def with_formats(scope: Scope, path: Path) -> Scope:
+    """Return a scope that also requires the runtime of each format that the file was converted into."""
+    given = {one.runtime: replace(one, is_required=True) for one in scope.also if one.runtime in list_formats(path)}
+    added = [Also(name, name, "CPU", None, True) for name in list_formats(path) if name not in given]
+    return replace(scope, also=(*(given.get(one.runtime, one) for one in scope.also), *added))
 
 
 def gates_of(config: VerifyConfig) -> Gates:

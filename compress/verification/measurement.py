@@ -117,7 +117,7 @@ def require_conditions(conditions: Conditions) -> None:
     Raises:
         As `Conditions.open`, and RuntimeUnavailable when the provider is not available.
     """
-    value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1]) for name in ("x", "y")]
+    value = [onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [1, 1]) for name in ("x", "y")]
     graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["x"], ["y"])], "trial", value[:1], value[1:])
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
     with tempfile.TemporaryDirectory() as folder:

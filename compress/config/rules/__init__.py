@@ -7,6 +7,7 @@ from compress.config.rules.gates import check_gates
 from compress.config.rules.stages import (
     check_calibration_images,
     check_device_command,
+    check_formats,
     check_half_precision,
     check_int8_deployment,
     check_latency_targets,
@@ -33,6 +34,7 @@ RULES: tuple[Callable[[Sections], Iterator[Problem]], ...] = (
     check_layer_times,
     check_device_command,
     check_half_precision,
+    check_formats,
     check_quantized_format,
     check_quantized_precision,
     check_int8_deployment,

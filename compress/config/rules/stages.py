@@ -8,7 +8,7 @@ from compress.config.document import Document
 from compress.config.problems import KeyPath, Problem
 from compress.config.schema.device_command import unused_settings
 from compress.config.schema.low_rank import LowRankConfig
-from compress.config.schema.pipeline import QuantizeConfig
+from compress.config.schema.pipeline import ExportConfig, QuantizeConfig
 from compress.config.schema.prune import CutConfig
 from compress.config.schema.targets import RankTargetConfig
 from compress.config.schema.training import FinetuneConfig
@@ -162,6 +162,18 @@ def check_quantized_format(sections: Sections) -> Iterator[Problem]:
             place = "" if deploy is None else deploy.device or f"{deploy.runtime} with {deploy.provider}"
             text = f"must be qdq for {place}, got {stage.format}: only ONNX Runtime on the CPU has QOperator kernels."
             yield document.problem((*path, "format"), text, "leave format out")
+
+
+def check_formats(sections: Sections) -> Iterator[Problem]:
+    """Formats are converted from the float file, which is not the one that a pipeline with `quantize` ships."""
+    if next(iter(sections.of(QuantizeConfig)), None) is None:
+        return
+    for path, export in sections.of(ExportConfig):
+        if export.also:
+            text = (
+                f"must be left out with a quantize stage, got {', '.join(export.also)}: formats are of the float file."
+            )
+            yield sections.document.problem((*path, "also"), text)
 
 
 def check_quantization_aware(sections: Sections) -> Iterator[Problem]:

@@ -16,7 +16,8 @@ import numpy as np
 
 from compress.catalog import RUNTIME_PACKAGES, require_packages
 from compress.errors import ArtifactError, ModelError, NoSuchPlace, RuntimeUnavailable, translated
-from compress.exporting.ncnn import convert_to_ncnn
+from compress.exporting.formats import find_format
+from compress.exporting.ncnn import NcnnFiles, convert_to_ncnn
 from compress.model.artifacts import Signature, TensorSpec
 from compress.onnx_file.io import load_onnx, read_signature, require_external
 from compress.verification.runtimes.base import Arrays, Runtime, check_inputs
@@ -103,8 +104,12 @@ class Ncnn(Runtime):
         """Convert the file for inputs of these sizes, without the batch, and return the network."""
         import ncnn
 
+        written = find_format(self.path, self.name)
         with TemporaryDirectory(prefix="compress-ncnn-") as folder:
-            files = convert_to_ncnn(self.path, Path(folder), sizes)
+            if written is None:
+                files = convert_to_ncnn(self.path, Path(folder), sizes)
+            else:
+                files = NcnnFiles.of(self.path, written)
             net = ncnn.Net()
             net.opt.num_threads = self.threads
             net.opt.use_vulkan_compute = self.provider == VULKAN

@@ -14,6 +14,7 @@ import numpy as np
 
 from compress.catalog import closest, missing_package
 from compress.errors import ArtifactError, ModelError, NoSuchPlace, RuntimeUnavailable, first_line, translated
+from compress.exporting.formats import find_format
 from compress.model.artifacts import Signature
 from compress.onnx_file.io import is_half, load_onnx, read_signature, require_external
 from compress.verification.runtimes.base import Arrays, Runtime, check_inputs
@@ -96,7 +97,8 @@ class OpenVino(Runtime):
         raise NoSuchPlace(asked, hint=closest(self.provider, present) or "Set provider: CPU.")
 
     def _read(self) -> Any:
-        return self._core.read_model(self.path)
+        written = find_format(self.path, self.name)
+        return self._core.read_model(self.path if written is None else written / f"{self.path.stem}.xml")
 
     def _compile(self, model: Any) -> Any:
         threads = {"INFERENCE_NUM_THREADS": self.threads} if self.provider == "CPU" else {}

@@ -311,6 +311,7 @@ RANKS: dict[str, tuple[str, str]] = {  # name -> setting of `low_rank` that take
 
 RUNTIMES: Registry[Any] = Registry("runtime")
 RUNTIMES.declare_all("compress.verification.runtimes", (
+    ("litert", "litert:LiteRt", "LiteRT (TensorFlow Lite) on a CPU, in float32; the file is converted by litert-torch"),
     ("ncnn", "ncnn:Ncnn", "ncnn on a CPU, or on a GPU by Vulkan, in float32; the file is converted by pnnx"),
     ("onnxruntime", "onnxruntime:OnnxRuntime", "ONNX Runtime with any of its execution providers"),
     ("onnx_reference", "onnx_reference:OnnxReference",
@@ -318,12 +319,18 @@ RUNTIMES.declare_all("compress.verification.runtimes", (
     ("openvino", "openvino:OpenVino", "OpenVINO on a CPU, GPU or NPU, in the precision of the file"),
     ("torch_eager", "torch_eager:TorchEager", "PyTorch on the CPU, for comparison"),
 ))  # fmt: skip
-RUNTIME_PACKAGES = {"ncnn": ("ncnn", "pnnx"), "openvino": ("openvino",)}  # besides those of the default install
+RUNTIME_PACKAGES = {  # names of distributions, besides those of the default install
+    "litert": ("ai-edge-litert", "litert-torch"),
+    "ncnn": ("ncnn", "pnnx"),
+    "openvino": ("openvino",),
+}
 
 
 INSTALL = {
+    "ai_edge_litert": "pip install 'ai-edge-litert>=2.3'",
     "cryptography": "pip install 'cryptography>=43'",
     "fsspec": "pip install 'fsspec>=2025.3'",
+    "litert_torch": "pip install 'litert-torch>=0.10'",
     "ncnn": "pip install 'ncnn>=1.0.20250503'",
     "optuna": "pip install 'optuna>=5.0'",
     "openvino": "pip install 'openvino>=2025.0'",

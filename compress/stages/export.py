@@ -4,10 +4,10 @@ from dataclasses import replace
 
 from compress.config.schema.pipeline import ExportConfig
 from compress.errors import ConfigValueError
-from compress.exporting.formats import write_formats
 from compress.exporting.open_axes import check_open_axes
 from compress.exporting.settings import ExportSettings, exported_signature
 from compress.exporting.torch_onnx import export_onnx
+from compress.formats.files import write_formats
 from compress.model.artifacts import OnnxModel, TorchModel
 from compress.model.stage_records import ExportRecord
 from compress.onnx_file.io import load_onnx, read_signature

@@ -8,7 +8,7 @@ from typing import Any
 from compress.config.schema.verify import DeployConfig, VerifyConfig
 from compress.data.from_config import open_shifted
 from compress.data.splits import Split
-from compress.exporting.formats import list_formats
+from compress.formats.files import list_formats
 from compress.model.artifacts import OnnxModel, Verdict
 from compress.model.stage_records import VerifyRecord
 from compress.search.context import StageContext

@@ -10,6 +10,7 @@ from exported import SIGNATURE, exported
 from compress.catalog import RUNTIMES
 from compress.testing import RuntimeCase, RuntimeContract
 from compress.verification.runtimes.base import Runtime
+from compress.verification.runtimes.litert import LiteRt
 from compress.verification.runtimes.ncnn import Ncnn
 from compress.verification.runtimes.onnx_reference import OnnxReference
 from compress.verification.runtimes.onnxruntime import OnnxRuntime
@@ -39,6 +40,15 @@ class TestOpenVino(RuntimeContract):
     unavailable_provider = "NoSuchDevice"
 
 
+@pytest.mark.skipif(
+    any(find_spec(name) is None for name in ("ai_edge_litert", "litert_torch")), reason="litert-torch is not installed"
+)
+class TestLiteRt(RuntimeContract):
+    runtime_class = LiteRt
+    provider = "CPU"
+    unavailable_provider = "GPU"
+
+
 @pytest.mark.skipif(any(find_spec(name) is None for name in ("ncnn", "pnnx")), reason="ncnn is not installed")
 class TestNcnn(RuntimeContract):
     runtime_class = Ncnn
@@ -56,7 +66,7 @@ class TestTorchEager(RuntimeContract):
 
 
 def test_every_registered_runtime_has_a_contract_class():
-    suites = (TestNcnn, TestOnnxReference, TestOnnxRuntime, TestOpenVino, TestTorchEager)
+    suites = (TestLiteRt, TestNcnn, TestOnnxReference, TestOnnxRuntime, TestOpenVino, TestTorchEager)
     covered = {suite.runtime_class for suite in suites}
     assert {RUNTIMES.get(name) for name in RUNTIMES} == covered
     assert len(covered) >= 3

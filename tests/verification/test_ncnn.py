@@ -13,11 +13,11 @@ from exported import exported
 from fixtures import make_splits
 from onnx import TensorProto, helper, numpy_helper
 
-import compress.exporting.ncnn as conversion
+import compress.formats.ncnn as conversion
 from compress.config.schema.verify import DeployConfig
 from compress.cost.conditions import deploy_conditions
 from compress.errors import ArtifactError, NoSuchPlace, PackageMissing, RuntimeUnavailable
-from compress.exporting.ncnn import convert_to_ncnn
+from compress.formats.ncnn import convert_to_ncnn
 from compress.onnx_file.io import load_onnx
 from compress.progress import SilentProgress
 from compress.verification.checks import check_provider

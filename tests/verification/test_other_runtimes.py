@@ -241,6 +241,7 @@ def test_places_are_read_from_the_pipeline_and_named_once(tmp_path: Path):
             world.load(values)
     verify_values["also"] = [{"runtime": "tensorflow"}]
     with pytest.raises(
-        ConfigError, match=r"also\[0\].runtime must be one of ncnn, onnx_reference, onnxruntime, openvino, torch_eager"
+        ConfigError,
+        match=r"also\[0\].runtime must be one of litert, ncnn, onnx_reference, onnxruntime, openvino, torch_eager",
     ):
         world.load(values)

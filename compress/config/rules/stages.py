@@ -15,7 +15,7 @@ from compress.config.schema.training import FinetuneConfig
 from compress.config.schema.verify import GatesConfig, VerifyConfig
 from compress.config.sections import Sections
 
-TIMED_RUNTIMES = ("onnxruntime", "openvino", "ncnn")  # the first one times single nodes
+TIMED_RUNTIMES = ("onnxruntime", "openvino", "ncnn", "litert")  # the first one times single nodes
 NO_HALF = ("CPUExecutionProvider",)  # casts float16 to float32 and back around every operator
 NO_INTEGER = ("CUDAExecutionProvider",)  # computes in float between the roundings
 _LATENCY = ("latency", "latency_ms")

@@ -33,15 +33,17 @@ class ExportConfig(Section):
     )
     simplify: bool = Field(True, description="simplify with onnxslim, and check parity again")
     external_data: bool = Field(False, description="true: weights in a second file; always above 1.8 GB")
-    also: Annotated[tuple[Literal["ncnn", "openvino"], ...], BeforeValidator(to_tuple)] = Field(
+    also: Annotated[tuple[Literal["litert", "ncnn", "openvino"], ...], BeforeValidator(to_tuple)] = Field(
         (), description="formats that the file is also converted into; verify compares each with the file"
     )
 
     def _check_rules(self) -> None:
         if len(set(self.also)) < len(self.also):
             raise ValueError("also must name each format once")
-        if "ncnn" in self.also and self.dynamic:
-            raise ValueError("also must be without ncnn where dynamic is given: its files are for one size of image")
+        if self.dynamic and (fixed := [name for name in self.also if name != "openvino"]):
+            raise ValueError(
+                f"also must be without {fixed[0]} where dynamic is given: its files are for one size of image"
+            )
 
 
 class QuantizeConfig(Section):

@@ -1,6 +1,6 @@
 """Runtime ncnn: files in ncnn, converted by pnnx, with weights and activations in float32.
 
-ncnn computes one image at a time. It stores float32 weights as float16, unless the conversion is told not to.
+ncnn computes one image at a time. It stores float32 weights as float16, unless the conversion sets that off.
 
     model.onnx  --pnnx-->  model.ncnn.param  model.ncnn.bin  --> ncnn.Net
 """
@@ -16,8 +16,8 @@ import numpy as np
 
 from compress.catalog import RUNTIME_PACKAGES, require_packages
 from compress.errors import ArtifactError, ModelError, NoSuchPlace, RuntimeUnavailable, translated
-from compress.exporting.formats import find_format
-from compress.exporting.ncnn import NcnnFiles, convert_to_ncnn
+from compress.formats.files import find_format
+from compress.formats.ncnn import NcnnFiles, convert_to_ncnn
 from compress.model.artifacts import Signature, TensorSpec
 from compress.onnx_file.io import load_onnx, read_signature, require_external
 from compress.verification.runtimes.base import Arrays, Runtime, check_inputs

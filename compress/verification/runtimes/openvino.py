@@ -14,7 +14,7 @@ import numpy as np
 
 from compress.catalog import closest, missing_package
 from compress.errors import ArtifactError, ModelError, NoSuchPlace, RuntimeUnavailable, first_line, translated
-from compress.exporting.formats import find_format
+from compress.formats.files import find_format
 from compress.model.artifacts import Signature
 from compress.onnx_file.io import is_half, load_onnx, read_signature, require_external
 from compress.verification.runtimes.base import Arrays, Runtime, check_inputs

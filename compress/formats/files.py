@@ -2,6 +2,7 @@
 
     model.onnx
     formats/ncnn/        model.ncnn.param  model.ncnn.bin   source.json
+    formats/litert/      model.tflite                       source.json
     formats/openvino/    model.xml  model.bin               source.json
 
 `source.json` has the digests of all files and of the file that they were converted from, so that a runtime opens what
@@ -17,7 +18,8 @@ from pathlib import Path
 
 from compress.catalog import require_packages
 from compress.errors import ArtifactError, ExportFailed, first_line, translated
-from compress.exporting.ncnn import convert_to_ncnn
+from compress.formats.litert import convert_to_litert
+from compress.formats.ncnn import convert_to_ncnn
 from compress.onnx_file.io import load_onnx, model_files, read_signature
 from compress.storage.digest import add_digest, digest_file, digest_value, read_record
 from compress.storage.files import write_atomic
@@ -77,7 +79,7 @@ def find_format(path: Path, name: str) -> Path | None:
         )
     for file, digest in dict(record.get("files") or {}).items():
         if digest_file(folder / Path(file).name) != digest:
-            raise ArtifactError(f"'{folder / file}' must be as it was converted, it was damaged or edited.")
+            raise ArtifactError(f"'{folder / file}' must be the result of the conversion, it was damaged or edited.")
     return folder
 
 
@@ -99,4 +101,8 @@ def _to_openvino(path: Path, folder: Path) -> None:
         openvino.save_model(model, folder / f"{path.stem}.xml", compress_to_fp16=False)
 
 
-FORMATS: dict[str, Callable[[Path, Path], None]] = {"ncnn": _to_ncnn, "openvino": _to_openvino}
+FORMATS: dict[str, Callable[[Path, Path], None]] = {
+    "litert": convert_to_litert,
+    "ncnn": _to_ncnn,
+    "openvino": _to_openvino,
+}

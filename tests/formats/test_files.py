@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +12,25 @@ import pytest
 from exported import exported
 from smallrun import World, make_world, statuses
 
-import compress.exporting.formats as formats
+import compress.formats.files as formats
 from compress.errors import ArtifactError, ExportFailed
-from compress.exporting.formats import find_format, list_formats, write_formats
+from compress.formats.files import find_format, list_formats, write_formats
 from compress.storage.digest import digest_file
 from compress.verification.runtimes.base import Runtime
+from compress.verification.runtimes.litert import LiteRt
 from compress.verification.runtimes.ncnn import Ncnn
 from compress.verification.runtimes.openvino import OpenVino
 
 for _name in ("ncnn", "openvino"):
     pytest.importorskip(_name)
 
+HAS_LITERT = find_spec("litert_torch") is not None
 FILES = {
+    **({"litert": ("model.tflite",)} if HAS_LITERT else {}),
     "ncnn": ("model.ncnn.bin", "model.ncnn.param"),
     "openvino": ("model.bin", "model.xml"),
 }
-RUNTIMES: dict[str, type[Runtime]] = {"ncnn": Ncnn, "openvino": OpenVino}
+RUNTIMES: dict[str, type[Runtime]] = {"litert": LiteRt, "ncnn": Ncnn, "openvino": OpenVino}
 IMAGES = {"image": nets.images().numpy()}
 
 
@@ -45,7 +49,9 @@ def test_the_runtime_opens_the_file_that_was_written(path: Path, name: str, monk
     assert write_formats(path, (name,)) == {name: FILES[name]}
     assert list_formats(path) == (name,)
     seen: list[str] = []
-    monkeypatch.setattr("compress.verification.runtimes.ncnn.convert_to_ncnn", lambda *_: seen.append("converted"))
+    for kind in ("litert", "ncnn"):
+        there = f"compress.verification.runtimes.{kind}.convert_to_{kind}"
+        monkeypatch.setattr(there, lambda *_: seen.append("converted"))
     with runtime.from_file(path, provider="CPU", threads=1) as opened:
         got = opened.run(IMAGES)
         opened.bind(IMAGES)()
@@ -59,7 +65,7 @@ def test_files_that_are_damaged_or_of_another_model_are_refused(path: Path, name
     weights = path.parent / "formats" / name / FILES[name][0]
     content = weights.read_bytes()
     weights.write_bytes(content[:-4] + b"\0\0\0\1")
-    with pytest.raises(ArtifactError, match=f"{weights}' must be as it was converted"):
+    with pytest.raises(ArtifactError, match=f"{weights}' must be the result of the conversion"):
         RUNTIMES[name].from_file(path, provider="CPU", threads=1).__enter__()
     weights.write_bytes(content)
     shutil.copy(exported("chain"), path)
@@ -95,10 +101,10 @@ def values_with(world: World, formats: list[str], **verify: Any) -> dict[str, An
 
 
 def test_a_run_writes_judges_and_publishes_the_same_files(world: World) -> None:
-    outcome = world.run(values_with(world, ["ncnn", "openvino"]))
+    outcome = world.run(values_with(world, list(FILES)))
     assert outcome.verdict.passed
     checks = {check.name: check for check in outcome.verdict.checks}
-    assert {"also.ncnn", "also.openvino"} <= set(outcome.verdict.required)
+    assert {f"also.{name}" for name in FILES} <= set(outcome.verdict.required)
     assert {checks[f"also.{name}"].status for name in FILES} == {"pass"}
     folder = world.runs / "chain"
     for name, files in FILES.items():
@@ -108,7 +114,7 @@ def test_a_run_writes_judges_and_publishes_the_same_files(world: World) -> None:
         assert {digest_file(one) for one in stored} == {digest_file(folder / "formats" / name / files[0])}
     record = json.loads((folder / "report.json").read_text())["stages"][3]["record"]
     assert record["formats"] == {name: list(files) for name, files in FILES.items()}
-    again = world.run(values_with(world, ["ncnn", "openvino"]))
+    again = world.run(values_with(world, list(FILES)))
     assert set(statuses(again)) == {f"{stage} unchanged" for stage in ("load", "prune", "finetune", "export", "verify")}
     without = world.run(world.values())
     assert statuses(without)[3] == "export ran"

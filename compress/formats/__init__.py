@@ -1,0 +1,1 @@
+"""Conversion of exported files into the formats of other runtimes."""

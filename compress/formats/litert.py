@@ -22,7 +22,7 @@ _PREFIX = "compress: "
 
 
 def convert_to_litert(path: Path, folder: Path) -> None:
-    """Write an ONNX file as `STEM.tflite`, for one image at a time, in float32.
+    """Write an ONNX file as a .tflite file of the same name, for one image at a time, in float32.
 
     Args:
         path: The .onnx file with inputs of fixed size but for the batch; external data lies beside it.

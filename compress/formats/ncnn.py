@@ -43,7 +43,7 @@ class NcnnFiles:
 
 
 def convert_to_ncnn(path: Path, folder: Path, sizes: Sequence[Sequence[int]]) -> NcnnFiles:
-    """Write an ONNX file as `STEM.ncnn.param` and `STEM.ncnn.bin`.
+    """Write the two files of a network, named after the ONNX file.
 
     Args:
         path: The .onnx file; external data lies beside it.

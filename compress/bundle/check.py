@@ -1,6 +1,7 @@
 """Self-check of a deployment bundle; needs numpy and onnxruntime only.
 
     python check.py [FOLDER or model.zip]        in the bundle itself, or anywhere
+    python check.py --outputs mine.npz           outputs that another runtime has computed for the samples
     compress check model.zip                     the same code
 
 Each check prints a line: pass, fail or skipped. Nothing of a bundle is looked into, let alone run, before all of its
@@ -12,6 +13,9 @@ bytes are known to be those that were written.
     provider    ONNX Runtime computes on the execution provider asked for and has not fallen back to another
     parity      the outputs on real images are those that were recorded, and a classifier's classes, as many as promised
     latency     the median latency keeps the promise in milliseconds; the model is opened anew up to six times
+
+With --outputs only numpy is needed: integrity, signature and parity are checked, of a .npy file with the one output of
+the model or a .npz file with an array for each, named as in model.json, for `inputs` of samples.npz in their order.
 
     exit code   0 all checks that could be made passed      1 a check failed         2 the command line is wrong
                 4 no bundle, damaged or unreadable, and the model was not run; or --json could not be written
@@ -826,6 +830,9 @@ def run_checks(options: argparse.Namespace, outcome: Outcome) -> None:
     if not promises.passed:
         named = ", ".join(promises.failed) or "a check that was required was not made"
         outcome.say(f"Warning: this model did not pass its verification: {named}. It was bundled all the same.")
+    if options.outputs is not None:
+        _check_given(options.outputs, promises, samples, options, outcome)
+        return
     provider, threads = options.provider or promises.provider, options.threads or min(promises.threads, count_cores())
     with ExitStack() as stack:
         model = _loadable(content, stack)
@@ -851,6 +858,52 @@ def run_checks(options: argparse.Namespace, outcome: Outcome) -> None:
         _check_latency(found, promises, threads, options, outcome)
 
 
+def _check_given(
+    path: Path, promises: Promises, samples: Mapping[str, Any], options: argparse.Namespace, outcome: Outcome
+) -> None:
+    """Compare outputs that were computed elsewhere with the recorded ones."""
+    numpy, given = _require_numpy(), _read_outputs(path, promises.outputs)
+    count = len(samples["inputs"])
+    for name, array in given.items():
+        if array.ndim == 0 or len(array) != count:
+            raise Stop(
+                "parity", f"output '{name}' must have {_count(count, 'row')}, its shape is {array.shape}", FAILED
+            )
+    outcome.add("provider", "skipped", f"the outputs were computed elsewhere, they are those in '{path.name}'")
+    step, starts = promises.batch or count, iter(range(0, count, promises.batch or count))
+
+    def run(_inputs: Any) -> list[Any]:
+        start = next(starts)
+        return [array[numpy.arange(start, start + step) % count] for array in given.values()]
+
+    _judge_outputs(run, promises, samples, options, outcome)
+    outcome.add("latency", "skipped", "nothing was timed: the outputs were computed elsewhere")
+
+
+def _read_outputs(path: Path, names: Sequence[str]) -> dict[str, Any]:
+    """Return name -> array of each output, from a .npy or .npz file without pickles.
+
+    Raises:
+        Stop: The file cannot be read, lacks an output, or has one that is no array of numbers.
+    """
+    numpy = _require_numpy()
+    try:
+        with path.open("rb") as stream:
+            found = numpy.load(stream, allow_pickle=False)
+            one = isinstance(found, numpy.ndarray)
+            arrays = {names[0]: found} if one else {name: found[name] for name in found.files}
+    except Exception as error:  # numpy and zipfile raise types of every kind
+        reason = ascii(getattr(error, "strerror", None) or error)[:200]
+        raise Stop("parity", f"'{path}' must be a .npy or .npz file without pickles: {reason}", DAMAGED) from error
+    if missing := [name for name in names if name not in arrays]:
+        listed = ", ".join(map(ascii, arrays)) or "nothing"
+        raise Stop("parity", f"'{path}' must hold {', '.join(map(ascii, missing))}, it holds {listed}", DAMAGED)
+    for name in names:
+        if arrays[name].dtype.kind not in "fiu":
+            raise Stop("parity", f"output '{name}' must be numbers, it is {arrays[name].dtype}", FAILED)
+    return {name: arrays[name] for name in names}
+
+
 def count_cores() -> int:
     """Return how many threads can compute at once here; with more of them a session may never open."""
     return os.cpu_count() or 1
@@ -862,18 +915,25 @@ def _check_outputs(
     def run(inputs: Any) -> Any:
         return session.run(promises.outputs, {promises.input: inputs})
 
-    tolerance = promises.tolerance if options.tolerance is None else options.tolerance
-    relative = promises.relative if options.tolerance is None else 0.0
     try:
-        if promises.is_classifier:
-            is_same, detail, difference = check_parity(
-                lambda inputs: run(inputs)[0], samples, promises.batch, tolerance, promises.min_agreement
-            )
-        else:
-            is_same, detail, difference = check_each_output(run, samples, promises, tolerance, relative)
+        _judge_outputs(run, promises, samples, options, outcome)
     except Exception as error:  # ONNX Runtime raises plain Exception subclasses of its own
         lines = str(error).splitlines() or [type(error).__name__]
         raise Stop("parity", f"{MODEL} must run on its samples, ONNX Runtime says: {lines[0][:300]}", FAILED) from error
+
+
+def _judge_outputs(
+    run: Call, promises: Promises, samples: Mapping[str, Any], options: argparse.Namespace, outcome: Outcome
+) -> None:
+    """Compare the outputs of a call with the recorded ones, by the promises or --tolerance."""
+    tolerance = promises.tolerance if options.tolerance is None else options.tolerance
+    relative = promises.relative if options.tolerance is None else 0.0
+    if promises.is_classifier:
+        is_same, detail, difference = check_parity(
+            lambda inputs: run(inputs)[0], samples, promises.batch, tolerance, promises.min_agreement
+        )
+    else:
+        is_same, detail, difference = check_each_output(run, samples, promises, tolerance, relative)
     outcome.add("parity", "pass" if is_same else "fail", detail, difference, tolerance)
 
 
@@ -974,9 +1034,14 @@ def _parse(arguments: Sequence[str] | None, program: str, default: Path | None) 
     add("--repeats", type=_at_least_one, metavar="N", default=_REPEATS, help="timed calls, all sittings together "
         "(%(default)s)")  # fmt: skip
     add("--tolerance", type=_above_zero, metavar="X", help="largest difference of an output; by default as promised")
+    add("--outputs", type=Path, metavar="FILE", help="judge these outputs for the samples, .npy or .npz by the names "
+        "of outputs, in place of those of ONNX Runtime")  # fmt: skip
     add("--public-key", type=Path, metavar="PEM", help="the bundle must be signed with this Ed25519 key")
     add("--json", type=Path, metavar="FILE", help="write the outcome as JSON")
     options = parser.parse_args(arguments)
+    timed = {"--provider": options.provider, "--threads": options.threads, "--max-latency-ms": options.max_latency_ms}
+    if options.outputs is not None and (unused := [name for name, value in timed.items() if value is not None]):
+        parser.error(f"--outputs and {unused[0]} exclude each other: nothing is computed or timed here")
     if options.threads is not None and options.threads > count_cores():
         parser.error(f"--threads must be at most the {_count(count_cores(), 'core')} of this machine, "
                      f"got {options.threads:,}")  # fmt: skip

@@ -55,6 +55,7 @@ def describe_model(
         "name": run.name,
         "precision": precision,
         "signature": read_signature(proto).to_dict(),
+        **({"formats": _formats(run)} if run.format_files else {}),
         "preprocessing": metadata.preprocessing.to_dict(),
         "classes": list(metadata.classes),
         "metrics": _metrics(run.report),
@@ -65,6 +66,11 @@ def describe_model(
         "licence": stated if licence is None else {**stated, "model": licence},
         "provenance": _describe_provenance(run, provenance),
     }
+
+
+def _formats(run: FinishedRun) -> dict[str, list[str]]:
+    """Return format -> names of its files in the bundle."""
+    return {kind: [file.name for file in files] for kind, files in run.format_files.items()}
 
 
 def name_precision(proto: onnx.ModelProto) -> str:

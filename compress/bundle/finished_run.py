@@ -3,6 +3,7 @@
 The files in a bundle, and the images that its samples are taken from, must have the digests that the run recorded.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,9 @@ from pydantic import ValidationError
 
 from compress.config.schema.data import DataConfig
 from compress.errors import ArtifactError, ConfigError
+from compress.formats.files import FOLDER as FORMATS
+from compress.formats.files import FORMATS as CONVERTERS
+from compress.formats.files import SOURCE_FILE
 from compress.report.build import REPORT_SCHEMA
 from compress.report.details import Quality
 from compress.report.model import Report, read_report
@@ -30,6 +34,7 @@ class FinishedRun:
         folder: The run folder.
         report: Report of the run.
         model_files: Name -> path of the ONNX model and of its external weights.
+        format_files: Format -> files that the model was converted into for another runtime.
         recipe: The edits, as plain values.
         data: Checked `data:` section of the pipeline.
     """
@@ -37,6 +42,7 @@ class FinishedRun:
     folder: Path
     report: Report
     model_files: dict[str, Path]
+    format_files: dict[str, tuple[Path, ...]]
     recipe: dict[str, Any]
     data: DataConfig
 
@@ -127,7 +133,9 @@ def read_run(folder: Path) -> FinishedRun:
             _require_digest(folder / name, digests[name], again)
         data = DataConfig.model_validate(report.config["data"])
         _require_data(report, data)
-        run = FinishedRun(folder, report, model_files, _read_json(folder / RECIPE_FILE), data)
+        run = FinishedRun(
+            folder, report, model_files, _format_files(folder, digests), _read_json(folder / RECIPE_FILE), data
+        )
         _ = run.name, run.has_passed, run.failed, run.verify["gates"]
     except (KeyError, TypeError, IndexError, AttributeError, ValidationError) as error:
         reason = str(error).splitlines()[0]
@@ -136,6 +144,15 @@ def read_run(folder: Path) -> FinishedRun:
             hint=again,
         ) from error
     return run
+
+
+def _format_files(folder: Path, names: Iterable[str]) -> dict[str, tuple[Path, ...]]:
+    found: dict[str, tuple[Path, ...]] = {}
+    for name in sorted(names):
+        parts = name.split("/")
+        if len(parts) == 3 and parts[0] == FORMATS and parts[1] in CONVERTERS and parts[2] != SOURCE_FILE:
+            found[parts[1]] = (*found.get(parts[1], ()), folder / name)
+    return found
 
 
 def _require_task(quality: Quality) -> None:

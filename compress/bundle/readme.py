@@ -51,6 +51,7 @@ def render_readme(run: FinishedRun, model: dict[str, Any], files: Sequence[str])
         decoder=DECODER if run.decoder else None,
         is_classifier=run.is_classifier,
         files=files,
+        formats={kind: [file.name for file in found] for kind, found in run.format_files.items()},
         samples=SAMPLES,
         licence=model["licence"],
     )

@@ -98,6 +98,7 @@ def build_content(run: FinishedRun, samples: int, licence: str | None) -> dict[s
         raise ArtifactError(f"'{path}' and the pipeline must state the same preprocessing, they do not.")
     content = {name: file.read_bytes() for name, file in run.model_files.items()}
     _require_own_weights(content)
+    content |= {file.name: file.read_bytes() for files in run.format_files.values() for file in files}
     content |= {
         check.DESCRIPTION: to_text(model),
         check.SAMPLES: pack_arrays(arrays),

@@ -38,7 +38,7 @@ def publish(folder: Path, entries: Sequence[Entry], kinds: Sequence[str], factor
         factory: Factory of the baseline.
 
     Returns:
-        Name in the run folder -> path, for the ONNX model's files and the recipe.
+        Name in the run folder -> path, for the files of the ONNX model and of its further formats, and the recipe.
 
     Raises:
         ArtifactError: The run folder cannot be written.
@@ -51,11 +51,11 @@ def publish(folder: Path, entries: Sequence[Entry], kinds: Sequence[str], factor
         names = sorted(file.name for file in source.glob(f"{MODEL_FILE}*"))
         for name in names:
             copy_if_other(source / name, folder / name)
-        _replace_formats(folder, source)
+        formats = _replace_formats(folder, source)
         _replace_slim(folder, source / "reference", factory)
     except OSError as error:
         raise ArtifactError(f"Run folder '{folder}' must be writable: {error.strerror or error}.") from error
-    return {name: folder / name for name in (*names, RECIPE_FILE)}
+    return {name: folder / name for name in (*names, *formats, RECIPE_FILE)}
 
 
 def publish_slim(folder: Path, entry: Entry, factory: FactorySpec) -> None:
@@ -76,11 +76,13 @@ def publish_slim(folder: Path, entry: Entry, factory: FactorySpec) -> None:
         raise ArtifactError(f"Run folder '{folder}' must be writable: {error.strerror or error}.") from error
 
 
-def _replace_formats(folder: Path, source: Path) -> None:
-    """Make the further formats of the ONNX file those of the stored result."""
+def _replace_formats(folder: Path, source: Path) -> list[str]:
+    """Make the further formats of the ONNX file those of the stored result; return the names of their files."""
     shutil.rmtree(folder / FORMATS, ignore_errors=True)
-    if (source / FORMATS).is_dir():
-        shutil.copytree(source / FORMATS, folder / FORMATS)
+    if not (source / FORMATS).is_dir():
+        return []
+    shutil.copytree(source / FORMATS, folder / FORMATS)
+    return sorted(file.relative_to(folder).as_posix() for file in (folder / FORMATS).rglob("*") if file.is_file())
 
 
 def _replace_slim(folder: Path, source: Path, factory: FactorySpec) -> None:

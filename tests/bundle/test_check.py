@@ -1,5 +1,6 @@
 """What the check of a bundle finds, what it says, and with which exit code it ends."""
 
+import io
 import json
 import math
 import random
@@ -606,6 +607,101 @@ def test_a_package_that_is_not_there_is_told(
     done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (5, "")
     assert done.stdout.splitlines()[1] == line
+
+
+# -- outputs that were computed elsewhere -----------------------------------------------------------------------------
+
+
+def computed(content: Content) -> np.ndarray:
+    """Return the outputs that a bundle expects."""
+    with np.load(io.BytesIO(content["samples.npz"])) as arrays:
+        return np.array(arrays["expected"])
+
+
+def test_outputs_of_another_runtime_are_judged_with_numpy_alone(content: Content, tmp_path: Path) -> None:
+    path, mine = write_zip(content, tmp_path / "it.zip"), tmp_path / "mine.npy"
+    np.save(mine, computed(content) + np.float32(5e-5))
+    code = (
+        "import sys; sys.modules['onnxruntime'] = None\n"
+        f"sys.argv = ['check.py', {str(path)!r}, '--outputs', {str(mine)!r}]\n"
+        f"import runpy; runpy.run_path({check.__file__!r}, run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = done.stdout.splitlines()
+    assert lines[1] == "skipped  provider   the outputs were computed elsewhere, they are those in 'mine.npy'"
+    pattern = r"pass     parity     largest difference \S+e-05 \(tolerance 0\.0001\), top-1 the same on 6 of 6"
+    assert re.fullmatch(pattern, lines[2]), lines[2]
+    assert lines[3:] == [
+        "skipped  latency    nothing was timed: the outputs were computed elsewhere",
+        "PASSED: 2 checks made, none failed.",
+    ]
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4])
+def test_outputs_of_all_samples_are_judged_whatever_the_batch_of_the_file(tmp_path: Path, say: Say, batch: int) -> None:
+    content = make_content(batch) if 6 % batch == 0 else make_content()
+    signature = json.loads(make_content(2)["model.json"])["signature"]
+    signature["inputs"][0]["shape"][0] = batch
+    path, mine = write_zip(sealed(described(content, signature=signature)), tmp_path / "it.zip"), tmp_path / "mine.npz"
+    outputs = computed(content)
+    np.savez(mine, logits=outputs, other=[1])
+    assert say(path, "--outputs", mine)[0] == 0
+    outputs[-1] += 0.01
+    np.savez(mine, logits=outputs)
+    code, lines = say(path, "--outputs", mine)
+    assert (code, lines[2].split()[:2]) == (1, ["fail", "parity"])
+    assert say(path, "--outputs", mine, "--tolerance", 0.1)[0] == 0
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return print, ("executed",)
+
+
+GIVEN: dict[str, tuple[Callable[[np.ndarray], Any], int, str]] = {
+    "rows": (lambda right: right[:5], 1, "output 'logits' must have 6 rows, its shape is (5, 3)"),
+    "no_axis": (lambda right: np.float32(1), 1, "output 'logits' must have 6 rows, its shape is ()"),
+    "shape": (lambda right: right[:, :2], 1, "outputs must have shape (6, 3), got (6, 2)"),
+    "nan": (lambda right: right * np.nan, 1, "largest difference nan (tolerance 0.0001), top-1 the same on"),
+    "text": (lambda right: right.astype(str), 1, "output 'logits' must be numbers, it is <U"),
+    "pickle": (lambda right: np.array([Evil()] * 6), 4, "must be a .npy or .npz file without pickles: "),
+}
+
+
+@pytest.mark.parametrize("case", list(GIVEN))
+def test_outputs_that_are_wrong_are_named(content: Content, tmp_path: Path, say: Say, case: str) -> None:
+    change, code, message = GIVEN[case]
+    np.save(tmp_path / "mine.npy", change(computed(content)), allow_pickle=True)
+    found, lines = say(write_zip(content, tmp_path / "it.zip"), "--outputs", tmp_path / "mine.npy")
+    assert found == code
+    (line,) = (line for line in lines if line.startswith("fail"))
+    assert message in line
+    assert not any("executed" in line for line in lines)
+
+
+def test_a_file_of_outputs_that_is_none_is_named(content: Content, tmp_path: Path, say: Say) -> None:
+    path = write_zip(content, tmp_path / "it.zip")
+    (tmp_path / "mine.npz").write_bytes(b"PK\x03\x04 no archive")
+    np.savez(tmp_path / "others.npz", scores=computed(content))
+    for name, message in (
+        ("missing.npy", "must be a .npy or .npz file without pickles: 'No such file or directory'"),
+        ("mine.npz", "must be a .npy or .npz file without pickles: "),
+        ("others.npz", "must hold 'logits', it holds 'scores'"),
+    ):
+        code, lines = say(path, "--outputs", tmp_path / name)
+        assert code == 4
+        assert lines[1].startswith("fail     parity ")
+        assert message in lines[1]
+
+
+def test_outputs_exclude_what_is_only_for_a_model_that_runs(
+    content: Content, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option, value in (("--provider", CPU), ("--threads", 1), ("--max-latency-ms", 5)):
+        with pytest.raises(SystemExit, match="2"):
+            check.main([str(tmp_path), "--outputs", "mine.npy", option, str(value)])
+        assert f"--outputs and {option} exclude each other" in capsys.readouterr().err
 
 
 # -- signatures -------------------------------------------------------------------------------------------------------

@@ -105,3 +105,18 @@ def test_the_decoder_of_a_bundle_needs_numpy_alone() -> None:
     names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     names |= {one.name for node in ast.walk(tree) if isinstance(node, ast.Import) for one in node.names}
     assert names == {"collections.abc", "typing", "numpy"}
+
+
+def test_all_outputs_computed_elsewhere_are_judged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = make_detector()
+    inputs = np.random.default_rng(0).normal(size=(5, 1, 2, 2)).astype(np.float32)
+    mine = tmp_path / "mine.npz"
+    right = {"boxes": inputs.reshape(5, 4) * np.float32(SCALE), "prototypes": -inputs}
+    np.savez(mine, **right)
+    assert checked(content, tmp_path, capsys, "--outputs", mine)[0] == 0
+    np.savez(mine, **(right | {"prototypes": -inputs + np.float32(0.01)}))
+    code, line = checked(content, tmp_path, capsys, "--outputs", mine)
+    assert (code, "0.01 in 'prototypes'" in line) == (1, True)
+    np.save(tmp_path / "one.npy", right["boxes"])
+    code, line = checked(content, tmp_path, capsys, "--outputs", tmp_path / "one.npy")
+    assert (code, "must hold 'prototypes', it holds 'boxes'" in line) == (4, True)

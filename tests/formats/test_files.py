@@ -1,7 +1,9 @@
 """Files for ncnn and OpenVINO beside the ONNX file: a run writes, judges and publishes the same ones."""
 
+import io
 import json
 import shutil
+import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from exported import exported
 from smallrun import World, make_world, statuses
 
 import compress.formats.files as formats
+from compress.bundle import check
+from compress.bundle.write import write_bundle
 from compress.errors import ArtifactError, ExportFailed
 from compress.formats.files import find_format, list_formats, write_formats
 from compress.storage.digest import digest_file
@@ -114,11 +118,30 @@ def test_a_run_writes_judges_and_publishes_the_same_files(world: World) -> None:
         assert {digest_file(one) for one in stored} == {digest_file(folder / "formats" / name / files[0])}
     record = json.loads((folder / "report.json").read_text())["stages"][3]["record"]
     assert record["formats"] == {name: list(files) for name, files in FILES.items()}
+    _require_bundle(folder, world.folder / "it.zip", world.folder / "mine.npy")
     again = world.run(values_with(world, list(FILES)))
     assert set(statuses(again)) == {f"{stage} unchanged" for stage in ("load", "prune", "finetune", "export", "verify")}
     without = world.run(world.values())
     assert statuses(without)[3] == "export ran"
     assert not (folder / "formats").exists(), "files of an earlier run do not stay"
+
+
+def _require_bundle(run: Path, path: Path, mine: Path) -> None:
+    """Check that a bundle has the formats, and that its check judges the outputs of one of them."""
+    write_bundle(run, path)
+    with zipfile.ZipFile(path) as archive:
+        for name, files in FILES.items():
+            assert json.loads(archive.read("model.json"))["formats"][name] == list(files)
+            for file in files:
+                assert archive.read(file) == (run / "formats" / name / file).read_bytes()
+                assert f"`{file}`" in archive.read("README.md").decode()
+        samples = np.load(io.BytesIO(archive.read("samples.npz")))["inputs"]
+    with OpenVino(run / "model.onnx") as runtime:
+        (outputs,) = runtime.run({runtime.signature.inputs[0].name: samples}).values()
+    for shift, code in ((0.0, 0), (0.1, 1)):
+        np.save(mine, outputs + np.float32(shift))
+        assert check.main([str(path), "--outputs", str(mine)]) == code
+    assert check.main([str(path)]) == 0
 
 
 def test_a_format_that_computes_otherwise_fails_the_verdict(world: World, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,10 @@ from compress.storage.digest import RecordDamaged, digest_evaluation, digest_fil
 from compress.tasks import decoders
 from compress.tasks.classification import CLASSIFICATION
 from compress.tasks.detection import Detection
+from compress.tasks.regression import Regression
+from compress.tasks.segmentation import Segmentation
 
+TASKS = (CLASSIFICATION.name, Detection.name, Segmentation.name, Regression.name)
 MODEL_FILE, RECIPE_FILE = "model.onnx", "slim/recipe.json"
 
 
@@ -111,7 +114,7 @@ def read_run(folder: Path) -> FinishedRun:
 
     Raises:
         ArtifactError: The folder is no run, the run is not finished, or a file differs from the one that the run wrote.
-        ConfigError: The task of the run is neither classification nor detection.
+        ConfigError: The task of the run is a user's own, or its images have no labels.
     """
     if not folder.is_dir():
         kind = "is a file" if folder.exists() else "does not exist"
@@ -156,11 +159,11 @@ def _format_files(folder: Path, names: Iterable[str]) -> dict[str, tuple[Path, .
 
 
 def _require_task(quality: Quality) -> None:
-    """Refuse a run of another task: the check on the device supports classifiers and detectors."""
-    if quality.task not in (CLASSIFICATION.name, Detection.name):
+    """Refuse a run of a user's own task, whose outputs have no known meaning."""
+    if quality.task not in TASKS:
         labels = "" if quality.is_labelled else " without labels"
         raise ConfigError(
-            f"A bundle must be of a classifier or detector with labelled images, this run's task is "
+            f"A bundle must be of one of the tasks {', '.join(TASKS)} with labelled images, this run's task is "
             f"{quality.task}{labels}.",
             hint="model.onnx in the run folder is the complete network.",
         )

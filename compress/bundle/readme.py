@@ -19,6 +19,17 @@ _PRECISIONS = {
     "fp16": " It is in half precision (FP16). Each processor rounds in its own way, so outputs differ more between "
     "machines than those of a file in single precision.",
 }
+_KINDS = {
+    "classification": "An image classifier",
+    "detection": "An object detector",
+    "segmentation": "A segmentation network",
+    "regression": "A regression network",
+}
+_READING = {
+    "segmentation": "The output has one value per class and pixel, (N, classes, height, width); the largest is the "
+    "prediction. `model.json` has the names of the classes where they are known.",
+    "regression": "The output has one number per target, (N, targets).",
+}
 _OF_FLOAT = ("macs_agree", "weights_agree", "parity", "parity_edges")  # checks of the float file of a quantised one
 _OF_BASELINE = ("baseline_agrees",)
 _PARTS = {"slimming": "all stages up to the float file", "quantize": "quantisation"}
@@ -104,6 +115,8 @@ def _describe_reading(run: FinishedRun) -> str:
             "The output has one value per class, the largest is the prediction; `model.json` has the names of the "
             "classes where they are known."
         )
+    if run.task in _READING:
+        return _READING[run.task]
     if run.decoder:
         return f"`{DECODER}` makes boxes [x0, y0, x1, y1] in pixels of `images` of the outputs; it needs numpy alone."
     return "The outputs are decoded by your `task.postprocess`, which this bundle does not contain."
@@ -123,8 +136,7 @@ def _introduce(run: FinishedRun, model: dict[str, Any]) -> str:
         else f"**It did not pass its verification** ({run.unmet}), and was bundled all the same."
     )
     precision = _PRECISIONS.get(model["precision"], "")
-    kind = "An image classifier" if run.is_classifier else "An object detector"
-    about = f"{kind} in ONNX, made smaller by compress.{precision} Input `{source['name']}`: {shape}."
+    about = f"{_KINDS[run.task]} in ONNX, made smaller by compress.{precision} Input `{source['name']}`: {shape}."
     return f"{about} {outcome}"
 
 

@@ -16,6 +16,8 @@ from compress.errors import ArtifactError, ConfigError, InternalError
 from compress.onnx_file.io import load_onnx
 from compress.storage.files import require_output, write_atomic
 from compress.tasks import decoders
+from compress.tasks.classification import CLASSIFICATION
+from compress.tasks.regression import Regression
 
 DEFAULT_SAMPLES = 16
 
@@ -90,7 +92,8 @@ def build_content(run: FinishedRun, samples: int, licence: str | None) -> dict[s
         As in `write_bundle`.
     """
     path = run.model_files[MODEL_FILE]
-    evaluation = Splits(run.data).evaluation  # the task does not change images
+    task = Regression() if run.task == Regression.name else CLASSIFICATION  # how labels are read; images are the same
+    evaluation = Splits(run.data, task).evaluation
     arrays = make_samples(path, evaluation, samples, run.is_classifier)
     proto = load_onnx(path)
     model = describe_model(run, proto, arrays["expected"], licence)

@@ -1,5 +1,6 @@
 """Every task goes through a whole pipeline, and is judged by its own figure on the file itself."""
 
+import io
 import json
 import re
 import shutil
@@ -80,8 +81,27 @@ def test_segmentation_from_pictures_and_masks(tmp_path: Path) -> None:
     assert names == ["nominal", "uniform noise 0.1", "contrast 3"]  # elastic would move pixels from their masks
     assert any("validation mIoU" in note for note in progress.notes)
     assert not any("top-1" in note for note in progress.notes)
+    _require_bundle(world, tmp_path / "m.zip", "A segmentation network in ONNX")
     again = world.run(pipeline)
     assert set(smallrun.statuses(again)) == {f"{s['stage']} unchanged" for s in pipeline["stages"]}
+
+
+def _require_bundle(world: smallrun.World, packed: Path, kind: str) -> None:
+    """Check that a run without one value for each class is bundled, and that its outputs are judged by value."""
+    bundled = smallrun.call("bundle", str(world.runs / "tasked"), "-o", str(packed))
+    assert bundled.exit_code == 0, bundled.output
+    checked = smallrun.call("check", str(packed), "--repeats", "3")
+    assert checked.exit_code == 0, checked.output
+    assert re.search(r"pass +parity +largest difference 0 in '\w+' \(tolerance [0-9.e-]+\), 16 images", checked.output)
+    content = read_content(packed)
+    readme = content["README.md"].decode()
+    assert kind in readme
+    assert "top-1" not in readme
+    with np.load(io.BytesIO(content["samples.npz"])) as arrays:
+        expected = np.array(arrays["expected"])
+    for change, code in ((0.0, 0), (float(np.abs(expected).max()), 1)):
+        np.save(packed.with_suffix(".npy"), expected + np.float32(change))
+        assert smallrun.call("check", str(packed), "--outputs", str(packed.with_suffix(".npy"))).exit_code == code
 
 
 def test_detection_by_a_postprocess_and_a_loss_of_the_users_own(tmp_path: Path) -> None:
@@ -101,15 +121,7 @@ def test_detection_by_a_postprocess_and_a_loss_of_the_users_own(tmp_path: Path) 
     report, _ = _report(world, pipeline)
     assert 0.3 < report["baseline"]["quality"]["map50"] <= 1
     assert set(report["slim"]["quality"]) == {"map", "map50", "map75"}
-    packed = tmp_path / "detector.zip"
-    bundled = smallrun.call("bundle", str(world.runs / "tasked"), "-o", str(packed))
-    assert bundled.exit_code == 0, bundled.output
-    checked = smallrun.call("check", str(packed), "--repeats", "3")
-    assert checked.exit_code == 0, checked.output
-    assert re.search(r"pass +parity +largest difference 0 in '\w+' \(tolerance [0-9.e-]+\), 16 images", checked.output)
-    readme = read_content(packed)["README.md"].decode()
-    assert "An object detector in ONNX" in readme
-    assert "top-1" not in readme
+    _require_bundle(world, tmp_path / "detector.zip", "An object detector in ONNX")
 
 
 def test_a_task_and_a_data_set_of_the_users_own(tmp_path: Path) -> None:
@@ -127,7 +139,8 @@ def test_a_task_and_a_data_set_of_the_users_own(tmp_path: Path) -> None:
     assert report["details"]["quality"]["metric"]["label"] == "within a tenth"
     refused = smallrun.call("bundle", str(world.runs / "tasked"), "-o", str(tmp_path / "m.zip"))
     assert refused.exit_code == 2
-    assert "must be of a classifier or detector with labelled images, this run's task is own" in refused.stderr
+    tasks = "classification, detection, segmentation, regression"
+    assert f"must be of one of the tasks {tasks} with labelled images, this run's task is own" in refused.stderr
     shutil.copytree(world.runs / "tasked", world.runs / "other")
     compared = smallrun.call(
         "report", *(str(world.runs / name) for name in ("tasked", "other")), "-o", str(tmp_path / "c")
@@ -149,6 +162,7 @@ def test_regression_where_less_is_better(tmp_path: Path) -> None:
     assert _stage(report, "finetune")["chosen_epoch"] == 1 + int(np.argmin(epochs))
     said = smallrun.call("verify", str(world.runs / "tasked" / "model.onnx"), *_against(world, pipeline)).stdout
     assert re.search(r"rmse +0\.\d+ +0\.\d+ +[+-]", said)
+    _require_bundle(world, tmp_path / "m.zip", "A regression network in ONNX")
     check = _checks(report)["max_rise.rmse"]
     assert check["value"] == pytest.approx(report["slim"]["quality"]["rmse"] - report["baseline"]["quality"]["rmse"])
 

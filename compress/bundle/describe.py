@@ -58,6 +58,7 @@ def describe_model(
         **({"formats": _formats(run)} if run.format_files else {}),
         "preprocessing": metadata.preprocessing.to_dict(),
         "classes": list(metadata.classes),
+        **_describe_reading(run),
         "metrics": _metrics(run.report),
         "verdict": without_folders(run.report.verdict.model_dump(), is_text=True),
         "promises": _promises(run, precision != "fp32", float(np.abs(expected).max())),
@@ -66,6 +67,14 @@ def describe_model(
         "licence": stated if licence is None else {**stated, "model": licence},
         "provenance": _describe_provenance(run, provenance),
     }
+
+
+def _describe_reading(run: FinishedRun) -> dict[str, Any]:
+    """Return the size that images are fitted into, and the function that decodes the outputs, where there are any."""
+    letterbox = getattr(run.data.evaluation, "letterbox", None)
+    decoder = None if run.decoder is None else {"name": run.decoder, "kwargs": run.decoder_arguments}
+    found = {"letterbox": None if letterbox is None else list(letterbox), "decoder": decoder}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _formats(run: FinishedRun) -> dict[str, list[str]]:

@@ -5,12 +5,13 @@ run folder -> read_run (digests) -> samples, model.json, README.md, check.py -> 
 
 from pathlib import Path
 
-from compress.bundle import check
+from compress.bundle import check, infer
 from compress.bundle.describe import describe_model, to_text
 from compress.bundle.finished_run import MODEL_FILE, FinishedRun, read_run
 from compress.bundle.readme import DECODER, render_readme
 from compress.bundle.samples import make_samples, pack_arrays
 from compress.bundle.signing import sign
+from compress.data import pixels, preprocessing
 from compress.data.from_config import Splits
 from compress.errors import ArtifactError, ConfigError, InternalError
 from compress.onnx_file.io import load_onnx
@@ -20,6 +21,7 @@ from compress.tasks.classification import CLASSIFICATION
 from compress.tasks.regression import Regression
 
 DEFAULT_SAMPLES = 16
+_PROGRAMS = {"infer.py": infer, "preprocessing.py": preprocessing, "pixels.py": pixels}
 
 
 def write_bundle(
@@ -107,6 +109,7 @@ def build_content(run: FinishedRun, samples: int, licence: str | None) -> dict[s
         check.SAMPLES: pack_arrays(arrays),
         "README.md": render_readme(run, model, sorted(run.model_files)).encode("utf-8", "replace"),
         "check.py": Path(check.__file__).read_bytes(),
+        **{name: Path(str(module.__file__)).read_bytes() for name, module in _PROGRAMS.items()},
         **({DECODER: Path(decoders.__file__).read_bytes()} if run.decoder else {}),
     }
     return {**content, check.MANIFEST: check.build_manifest(content)}

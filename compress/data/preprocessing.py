@@ -4,6 +4,8 @@ uint8 (H, W, C) --resize (shorter side, or both)--> --centre crop--> --scale, me
 
 The geometric half runs when images are read, so that batches have one shape. The arithmetic half runs on complete
 batches, in torch during training and in numpy without torch.
+
+This file needs NumPy and Pillow only: bundles carry a copy of it.
 """
 
 from dataclasses import asdict, dataclass
@@ -11,6 +13,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+GREY = 114  # padding value of YOLO's networks
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,3 +138,21 @@ def _centre_crop(image: np.ndarray, crop: tuple[int, int], fill: int = 0) -> np.
         image = np.pad(image, pads, constant_values=fill)
     top, left = (round((have - want) / 2) for want, have in zip(crop, image.shape[:2], strict=True))
     return image[top : top + crop[0], left : left + crop[1]]
+
+
+def fit_letterbox(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return a uint8 (H, W, C) image scaled to fit into a size, centred, with grey padding."""
+    scale, top, left = place_letterbox(image.shape[:2], size)
+    height, width = (round(side * scale) for side in image.shape[:2])
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    resized = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
+    whole = np.full((*size, image.shape[-1]), GREY, np.uint8)
+    whole[top : top + height, left : left + width] = resized[..., None] if resized.ndim == 2 else resized
+    return whole
+
+
+def place_letterbox(image_size: tuple[int, ...], size: tuple[int, int]) -> tuple[float, int, int]:
+    """Return the scale of an image, and the rows and columns of grey padding before it."""
+    scale = min(want / have for want, have in zip(size, image_size, strict=True))
+    top, left = ((want - round(have * scale)) // 2 for want, have in zip(size, image_size, strict=True))
+    return scale, top, left

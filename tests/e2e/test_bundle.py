@@ -26,7 +26,10 @@ from compress.bundle.write import write_bundle
 from compress.cost.conditions import has_vnni
 from compress.storage.digest import add_digest
 
-FILES = ["README.md", "check.py", "manifest.json", "model.json", "model.onnx", "samples.npz"]
+FILES = [
+    "README.md", "check.py", "infer.py", "manifest.json", "model.json", "model.onnx", "pixels.py", "preprocessing.py",
+    "samples.npz",
+]  # fmt: skip
 ALONE = (
     "import runpy, sys\n"
     "class Hidden:\n"

@@ -14,9 +14,9 @@ from compress.config.schema.data import DataConfig
 from compress.config.schema.task import TaskConfig
 from compress.config.schema.verify import GatesFile
 from compress.data.from_config import Splits
-from compress.data.preprocessing import Preprocessing
+from compress.data.preprocessing import GREY, Preprocessing
 from compress.data.sources.annotated import AnnotatedSource, read_masks, read_target_arrays, read_unlabelled
-from compress.data.sources.boxes import GREY, read_coco, read_yolo
+from compress.data.sources.boxes import read_coco, read_yolo
 from compress.data.sources.user import as_image, read_own
 from compress.engine.verify_file import verify_file
 from compress.errors import ArtifactError, ConfigValueError, DataError, ModelError

@@ -13,16 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from compress.data.preprocessing import Preprocessing
+from compress.data.preprocessing import Preprocessing, fit_letterbox, place_letterbox
 from compress.data.sources.annotated import AnnotatedSource, list_pictures
 from compress.data.sources.image_files import open_picture, to_pixels
 from compress.errors import ArtifactError, DataError
 
 MOST_CATEGORY = 65_535
 _BOX_VALUES, _LEAST_CORNERS = 5, 3
-GREY = 114  # padding value of YOLO's networks
 Boxes = dict[str, Any]
 
 
@@ -213,24 +211,6 @@ def as_boxes(boxes: list[list[float]], labels: list[int]) -> Boxes:
     return {"boxes": np.asarray(boxes, np.float32).reshape(-1, 4), "labels": np.asarray(labels, np.int64)}
 
 
-def fit_letterbox(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return a uint8 (H, W, C) image scaled to fit into a size, centred, with grey padding."""
-    scale, top, left = _letterbox(image.shape[:2], size)
-    height, width = (round(side * scale) for side in image.shape[:2])
-    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
-    resized = np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR))
-    whole = np.full((*size, image.shape[-1]), GREY, np.uint8)
-    whole[top : top + height, left : left + width] = resized[..., None] if resized.ndim == 2 else resized
-    return whole
-
-
-def _letterbox(image_size: tuple[int, ...], size: tuple[int, int]) -> tuple[float, int, int]:
-    """Return the scale of an image, and the rows and columns of grey padding before it."""
-    scale = min(want / have for want, have in zip(size, image_size, strict=True))
-    top, left = ((want - round(have * scale)) // 2 for want, have in zip(size, image_size, strict=True))
-    return scale, top, left
-
-
 def moved(target: Boxes, scale: tuple[float, float], shift: tuple[float, float], size: tuple[int, int]) -> Boxes:
     """Return boxes scaled, shifted and clipped to the borders of an image; boxes outside are dropped.
 
@@ -279,7 +259,7 @@ def _source(
         width, height = open_picture(pictures[place]).size
         boxes = target(place, (height, width))
         if letterbox is not None:
-            scale, top, left = _letterbox((height, width), letterbox)
+            scale, top, left = place_letterbox((height, width), letterbox)
             return moved(boxes, (scale, scale), (top, left), letterbox)
         scales, shift, size = preprocessing.geometry(height, width)
         return moved(boxes, scales, shift, size)

@@ -14,8 +14,9 @@ import numpy as np
 from PIL import Image
 
 from compress.data.packing import as_row
+from compress.data.pixels import SIXTEEN_BITS
 from compress.data.sources.annotated import AnnotatedSource
-from compress.data.sources.image_files import SIXTEEN_BITS, to_pixels
+from compress.data.sources.image_files import to_pixels
 from compress.errors import DataError
 from compress.user_code import import_callable, import_path_of, raise_as
 

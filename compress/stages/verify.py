@@ -42,7 +42,7 @@ class VerifyStage:
             evaluation=ctx.data.evaluation,
             conditions=conditions_of(config, ctx.deploy),
             gates=gates_of(config),
-            scope=with_formats(scope_of(config, ctx.data.evaluation, ctx.seed), artifact.path),
+            scope=with_formats(scope_of(config, ctx.data.evaluation, ctx.seed), artifact.path, config.runtime),
             signature=artifact.signature,
             opset=artifact.opset,
             reference=reference.module,
@@ -84,11 +84,18 @@ def scope_of(config: VerifyConfig, evaluation: Split, seed: int) -> Scope:
     )
 
 
-def with_formats(scope: Scope, path: Path) -> Scope:
-    """Return a scope that also requires the runtime of each format that the file was converted into."""
-    given = {one.runtime: replace(one, is_required=True) for one in scope.also if one.runtime in list_formats(path)}
-    added = [Also(name, name, "CPU", None, True) for name in list_formats(path) if name not in given]
-    return replace(scope, also=(*(given.get(one.runtime, one) for one in scope.also), *added))
+def with_formats(scope: Scope, path: Path, shipping: str) -> Scope:
+    """Return a scope that also requires the runtime of each format that the file was converted into.
+
+    Args:
+        scope: Scope of the pipeline file.
+        path: The .onnx file, with its formats beside it.
+        shipping: Name of the runtime that ships the file, which is not compared with itself.
+    """
+    names = [name for name in list_formats(path) if name != shipping]
+    given = {one.runtime for one in scope.also}
+    also = (replace(one, is_required=True) if one.runtime in names else one for one in scope.also)
+    return replace(scope, also=(*also, *(Also(name, name, "CPU", None, True) for name in names if name not in given)))
 
 
 def gates_of(config: VerifyConfig) -> Gates:

@@ -123,8 +123,7 @@ def require_conditions(conditions: Conditions) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trial.onnx"
         onnx.save_model(model, path)
-        with conditions.open(path):
-            pass
+        conditions.open(path).require()
 
 
 def available_cores() -> int:

@@ -14,16 +14,20 @@ import pytest
 from exported import exported
 from smallrun import World, make_world, statuses
 
+import compress.catalog as catalog
 import compress.formats.files as formats
 from compress.bundle import check
 from compress.bundle.write import write_bundle
-from compress.errors import ArtifactError, ExportFailed
+from compress.errors import ArtifactError, ExportFailed, PackageMissing
 from compress.formats.files import find_format, list_formats, write_formats
+from compress.stages.verify import with_formats
 from compress.storage.digest import digest_file
+from compress.verification.other_runtimes import Also
 from compress.verification.runtimes.base import Runtime
 from compress.verification.runtimes.litert import LiteRt
 from compress.verification.runtimes.ncnn import Ncnn
 from compress.verification.runtimes.openvino import OpenVino
+from compress.verification.scope import Scope
 
 for _name in ("ncnn", "openvino"):
     pytest.importorskip(_name)
@@ -161,9 +165,26 @@ def test_a_format_that_computes_otherwise_fails_the_verdict(world: World, monkey
     assert "also.ncnn" in outcome.verdict.required, "it is in the file as not required"
 
 
-def test_a_package_that_is_missing_is_named_before_any_stage(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    import compress.catalog as catalog
+def test_each_format_is_required_once_and_not_beside_itself(path: Path) -> None:
+    write_formats(path, ("ncnn", "openvino"))
+    given = Scope(also=(Also("a", "ncnn", "CPU", 1), Also("b", "ncnn", "CPU", 2), Also("c", "onnx_reference", "CPU")))
+    found = [(one.label, one.is_required) for one in with_formats(given, path, "onnxruntime").also]
+    assert found == [("a", True), ("b", True), ("c", False), ("openvino", True)]
+    assert [one.label for one in with_formats(Scope(), path, "openvino").also] == ["ncnn"]
 
+
+def test_a_written_file_needs_no_converter(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_formats(path, ("ncnn",))
+    real = catalog.find_spec
+    monkeypatch.setattr(catalog, "find_spec", lambda name: None if name == "pnnx" else real(name))
+    with Ncnn(path) as opened:
+        assert opened.run(IMAGES)
+    shutil.rmtree(path.parent / "formats")
+    with pytest.raises(PackageMissing, match="needs the package pnnx"):
+        Ncnn(path).__enter__()
+
+
+def test_a_package_that_is_missing_is_named_before_any_stage(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     real = catalog.find_spec
     monkeypatch.setattr(catalog, "find_spec", lambda name: None if name == "pnnx" else real(name))
     monkeypatch.setattr("compress.engine.runner._Run._make", lambda *_: pytest.fail("a stage ran"))

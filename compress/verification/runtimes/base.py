@@ -17,7 +17,7 @@ from typing import ClassVar, TypeVar
 
 import numpy as np
 
-from compress.errors import InternalError, ModelError, NoSuchPlace, RuntimeUnavailable
+from compress.errors import ArtifactError, InternalError, ModelError, NoSuchPlace, RuntimeUnavailable
 from compress.model.artifacts import Signature, TensorSpec
 
 Arrays = dict[str, np.ndarray]
@@ -102,6 +102,16 @@ class Runtime(Opened):
             f"Runtime '{cls.name}' must read ONNX files to verify one; it cannot.", hint="Use runtime: onnxruntime."
         )
 
+    def require(self) -> None:
+        """Check that files can be run here; by opening the file, unless that takes a conversion.
+
+        Raises:
+            RuntimeUnavailable: A package or the provider is missing.
+            NoSuchPlace: No machine has this provider.
+        """
+        with self:
+            pass
+
     @property
     @abstractmethod
     def provider_in_use(self) -> str:
@@ -167,6 +177,27 @@ class Runtime(Opened):
     @abstractmethod
     def _run(self, inputs: Arrays) -> Arrays:
         """Compute all outputs by name; `inputs` fit the signature. Raises ModelError when the network fails."""
+
+
+def require_single_images(name: str, path: Path, signature: Signature) -> None:
+    """Check the inputs of a file for a runtime that computes one image at a time, in float32.
+
+    Args:
+        name: Name of the runtime.
+        path: The .onnx file.
+        signature: Signature of the file.
+
+    Raises:
+        ArtifactError: An input is not float32, or has a fixed batch of more than one image.
+    """
+    for spec in signature.inputs:
+        is_one_image = len(spec.shape) > 1 and (isinstance(spec.shape[0], str) or spec.shape[0] == 1)
+        if spec.dtype != "float32" or not is_one_image:
+            shape = ", ".join(str(size) for size in spec.shape)
+            raise ArtifactError(
+                f"Runtime '{name}' must have float32 inputs with an open batch axis, or one of size 1; input "
+                f"'{spec.name}' of '{path}' is {spec.dtype} ({shape})."
+            )
 
 
 def check_inputs(signature: Signature, inputs: Mapping[str, np.ndarray]) -> None:

@@ -17,10 +17,10 @@ import numpy as np
 from compress.catalog import missing_package, require_packages
 from compress.errors import ArtifactError, ModelError, NoSuchPlace, first_line, translated
 from compress.formats.files import find_format
-from compress.formats.litert import convert_to_litert
+from compress.formats.litert import PACKAGE, convert_to_litert
 from compress.model.artifacts import Signature
 from compress.onnx_file.io import load_onnx, read_signature, require_external
-from compress.verification.runtimes.base import Arrays, Runtime, check_inputs
+from compress.verification.runtimes.base import Arrays, Runtime, check_inputs, require_single_images
 
 CPU = "CPU"
 _SIGNATURE = "serving_default"
@@ -59,6 +59,11 @@ class LiteRt(Runtime):
         """Always "f32"; None before the file is open."""
         return None if self._interpreter is None else "f32"
 
+    def require(self) -> None:
+        """Check the provider and the packages of runtime and converter."""
+        self._require_runtime()
+        require_packages([PACKAGE], f"Runtime '{self.name}'")
+
     def bind(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], object]:
         """Return a call that computes the images one after the other; it copies inputs and outputs."""
         check_inputs(self.signature, inputs)
@@ -67,23 +72,11 @@ class LiteRt(Runtime):
         return lambda: [runner(**image) for image in images]
 
     def _open(self) -> Signature:
-        if self.provider != CPU:
-            raise NoSuchPlace(
-                f"Runtime '{self.name}': {self.provider} was asked for, but it offers {CPU} only.",
-                hint=f"Set provider: {CPU}.",
-            )
-        require_packages(["ai_edge_litert"], f"Runtime '{self.name}'")
+        self._require_runtime()
         model = load_onnx(self.path)
         require_external(model, self.path)
         signature = read_signature(model)
-        for spec in signature.inputs:
-            is_one_image = len(spec.shape) > 1 and (isinstance(spec.shape[0], str) or spec.shape[0] == 1)
-            if spec.dtype != "float32" or not is_one_image:
-                shape = ", ".join(str(size) for size in spec.shape)
-                raise ArtifactError(
-                    f"Runtime '{self.name}' must have float32 inputs with an open batch axis, or one of size 1; input "
-                    f"'{spec.name}' of '{self.path}' is {spec.dtype} ({shape})."
-                )
+        require_single_images(self.name, self.path, signature)
         written = find_format(self.path, self.name)
         with TemporaryDirectory(prefix="compress-litert-") as folder:
             file = Path(folder if written is None else written) / f"{self.path.stem}.tflite"
@@ -94,6 +87,14 @@ class LiteRt(Runtime):
                 self._interpreter.allocate_tensors()
                 self._runner = self._interpreter.get_signature_runner(_SIGNATURE)
         return signature
+
+    def _require_runtime(self) -> None:
+        if self.provider != CPU:
+            raise NoSuchPlace(
+                f"Runtime '{self.name}': {self.provider} was asked for, but it offers {CPU} only.",
+                hint=f"Set provider: {CPU}.",
+            )
+        require_packages(["ai_edge_litert"], f"Runtime '{self.name}'")
 
     def _argument_names(self) -> list[str]:
         return [f"args_{place}" for place in range(len(self.signature.inputs))]

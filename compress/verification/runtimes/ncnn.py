@@ -20,7 +20,7 @@ from compress.formats.files import find_format
 from compress.formats.ncnn import NcnnFiles, convert_to_ncnn
 from compress.model.artifacts import Signature, TensorSpec
 from compress.onnx_file.io import load_onnx, read_signature, require_external
-from compress.verification.runtimes.base import Arrays, Runtime, check_inputs
+from compress.verification.runtimes.base import Arrays, Runtime, check_inputs, require_single_images
 
 CPU, VULKAN = "CPU", "Vulkan"
 _HALF = (
@@ -60,6 +60,11 @@ class Ncnn(Runtime):
         """Always "f32"; None before the file is open."""
         return None if self._signature is None else "f32"
 
+    def require(self) -> None:
+        """Check the provider and the packages of runtime and converter."""
+        require_packages(RUNTIME_PACKAGES[self.name], f"Runtime '{self.name}'")
+        self._require_device()
+
     def bind(self, inputs: Mapping[str, np.ndarray]) -> Callable[[], object]:
         """Return a call that computes the images one after the other."""
         check_inputs(self.signature, inputs)
@@ -67,13 +72,13 @@ class Ncnn(Runtime):
         return lambda: [self._compute(net, image) for image in images]
 
     def _open(self) -> Signature:
-        require_packages(RUNTIME_PACKAGES[self.name], f"Runtime '{self.name}'")
+        is_converted = find_format(self.path, self.name) is not None
+        require_packages(["ncnn"] if is_converted else RUNTIME_PACKAGES[self.name], f"Runtime '{self.name}'")
         self._require_device()
         model = load_onnx(self.path)
         require_external(model, self.path)
         signature = read_signature(model)
-        for spec in signature.inputs:
-            self._check_input(spec)
+        require_single_images(self.name, self.path, signature)
         sizes = [spec.shape[1:] for spec in signature.inputs]
         if all(isinstance(size, int) for shape in sizes for size in shape):
             self._load(tuple(tuple(int(size) for size in shape) for shape in sizes))
@@ -90,15 +95,6 @@ class Ncnn(Runtime):
                 return
             raise RuntimeUnavailable(f"{asked}ncnn finds no GPU with Vulkan on this machine.")
         raise NoSuchPlace(f"{asked}it offers {CPU} and {VULKAN} only.", hint=f"Set provider: {CPU}.")
-
-    def _check_input(self, spec: TensorSpec) -> None:
-        is_one_image = len(spec.shape) > 1 and (isinstance(spec.shape[0], str) or spec.shape[0] == 1)
-        if spec.dtype != "float32" or not is_one_image:
-            shape = ", ".join(str(size) for size in spec.shape)
-            raise ArtifactError(
-                f"Runtime '{self.name}' must have float32 inputs with an open batch axis, or one of size 1; input "
-                f"'{spec.name}' of '{self.path}' is {spec.dtype} ({shape})."
-            )
 
     def _load(self, sizes: tuple[tuple[int, ...], ...]) -> Any:
         """Convert the file for inputs of these sizes, without the batch, and return the network."""

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from compress.config.schema.data import DataConfig
 from compress.errors import ArtifactError, ConfigError
-from compress.formats.files import FOLDER as FORMATS
+from compress.formats import FOLDER as FORMATS
 from compress.formats.files import FORMATS as CONVERTERS
 from compress.formats.files import SOURCE_FILE
 from compress.report.build import REPORT_SCHEMA

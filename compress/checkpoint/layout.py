@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from compress.catalog import ONNX_MODEL, TORCH_MODEL, VERDICT
 from compress.data.preprocessing import Preprocessing
 from compress.errors import ArtifactError, InternalError
-from compress.formats.files import FOLDER
+from compress.formats import FOLDER
 from compress.model.artifacts import (
     Baseline,
     CheckResult,

@@ -8,7 +8,7 @@ from pathlib import Path
 from compress.catalog import ONNX_MODEL
 from compress.checkpoint.layout import write_slim
 from compress.errors import ArtifactError, InternalError
-from compress.formats.files import FOLDER as FORMATS
+from compress.formats import FOLDER as FORMATS
 from compress.model.artifacts import FactorySpec
 from compress.storage.digest import digest_file
 from compress.storage.store import Entry

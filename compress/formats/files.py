@@ -18,13 +18,14 @@ from pathlib import Path
 
 from compress.catalog import require_packages
 from compress.errors import ArtifactError, ExportFailed, first_line, translated
+from compress.formats import FOLDER
 from compress.formats.litert import convert_to_litert
 from compress.formats.ncnn import convert_to_ncnn
 from compress.onnx_file.io import load_onnx, model_files, read_signature
 from compress.storage.digest import add_digest, digest_file, digest_value, read_record
 from compress.storage.files import write_atomic
 
-FOLDER, SOURCE_FILE, SCHEMA = "formats", "source.json", 1
+SOURCE_FILE, SCHEMA = "source.json", 1
 
 
 def write_formats(path: Path, names: Sequence[str]) -> dict[str, tuple[str, ...]]:

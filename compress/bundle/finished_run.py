@@ -114,7 +114,7 @@ def read_run(folder: Path) -> FinishedRun:
 
     Raises:
         ArtifactError: The folder is no run, the run is not finished, or a file differs from the one that the run wrote.
-        ConfigError: The task of the run is a user's own, or its images have no labels.
+        ConfigError: The task of the run is none of `TASKS`.
     """
     if not folder.is_dir():
         kind = "is a file" if folder.exists() else "does not exist"

@@ -98,7 +98,10 @@ class Model:
             raise Stop(f"Execution provider {wanted} is not available, ONNX Runtime has {present}.", UNAVAILABLE)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        return onnxruntime.InferenceSession(str(HERE / "model.onnx"), options, providers=[wanted])
+        try:
+            return onnxruntime.InferenceSession(str(HERE / "model.onnx"), options, providers=[wanted])
+        except Exception as error:  # ONNX Runtime raises types of its own
+            raise Stop(f"'{HERE / 'model.onnx'}' cannot be opened: {(str(error).splitlines() or [''])[0]}") from error
 
     def read(self, path: Path) -> tuple[Any, Any]:
         """Return an image file as (1, ...) float32 input, and its (height, width).

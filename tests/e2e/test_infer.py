@@ -123,6 +123,12 @@ def test_what_cannot_be_read_or_is_missing_is_named(bundle: Path, tmp_path: Path
     assert done.returncode == 4
     assert "cannot be written: No such file or directory." in done.stderr
     assert alone(bundle, files(bundle)[0], "--top", 0).returncode == 2
+    shutil.copytree(bundle, tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.onnx").write_bytes(b"no model")
+    done = alone(tmp_path / "damaged", files(bundle)[0])
+    assert done.returncode == 4
+    assert "model.onnx' cannot be opened: " in done.stderr
+    assert "Traceback" not in done.stderr
     shutil.copy(bundle / "infer.py", tmp_path / "infer.py")
     done = alone(tmp_path, files(bundle)[0])
     assert done.returncode == 4

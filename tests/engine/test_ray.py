@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import uuid
 from pathlib import Path
 
@@ -48,17 +49,17 @@ def run_cases() -> tuple[int, str]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {MARK: mark, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", str(CASES), "-v", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    try:
-        output, _ = process.communicate(timeout=LIMIT_S)
-    except subprocess.TimeoutExpired:
-        end_marked(mark)
-        output, _ = process.communicate()
-    finally:
-        end_marked(mark)
-    return process.returncode, output
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:  # a pipe may stay open in lost nodes
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            process.wait(timeout=LIMIT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        finally:
+            end_marked(mark)
+        log.seek(0)
+        return process.returncode, log.read()
 
 
 def end_marked(mark: str) -> None:

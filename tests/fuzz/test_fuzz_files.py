@@ -29,6 +29,7 @@ main(__file__, run_case, lambda seed, case: "x")
 """
 
 
+@pytest.mark.timeout(1800)  # a case that hangs in foreign code is ended after minutes, twice
 @pytest.mark.parametrize("kind", [onnx_files, images], ids=["onnx", "images"])
 def test_damaged_files_end_with_a_documented_exit_code(kind: ModuleType) -> None:
     outcomes = run_apart(Path(str(kind.__file__)), SAMPLE, 0, 7, show=False)
